@@ -1,0 +1,56 @@
+# make train   sets up on first use, then runs the main job: data, training, report, registered model
+# make test    sets up on first use, then runs the tests
+PYTHON ?= python3.11
+VENV   ?= .venv
+RUN     = $(VENV)/bin/python
+READY   = $(VENV)/.ready
+
+export RAY_TRAIN_ENABLE_PRINT_PATCH := 0
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: train test test-slow test-s3 check worlds clean help
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+data/grid/manifest.json: | $(READY)
+	$(RUN) jobs/ingest.py --world grid --out data/grid --size 48 --episodes 800 --frames 64 \
+	  --option agents=3 --option cells=6 --option walls=3
+
+train: $(READY) data/grid/manifest.json
+	$(RUN) jobs/train.py tiny --data data/grid
+
+test: $(READY)
+	$(RUN) -m pytest -m 'not slow and not rgw'
+
+# make test-slow   the learning tests: some minutes each
+test-slow: $(READY)
+	$(RUN) -m pytest -m slow
+
+# make test-s3   the S3 tests against Ceph RGW (installs Debian packages; needs root)
+test-s3: $(READY)
+	infra/rgw/install.sh
+	$(RUN) -m pytest -m rgw
+
+# make worlds   the real simulators: multigrid, Procgen, highway-env
+worlds: $(READY)
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[worlds]'
+	$(RUN) -m pip install --quiet --no-deps procgen2==0.10.7 gym3==0.3.3
+
+# make check   format, lint, types, layers
+check: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf data/grid outputs mlflow.db mlartifacts

@@ -1,0 +1,267 @@
+"""Video files as frames of one size: any container, size, shape and frame rate that FFmpeg reads.
+
+A file is decoded in one pass and never held whole. What is wrong with a file is told as a `BadVideo`, after whatever
+could be decoded: a file that breaks off half-way is bad as a whole, and its reader must drop what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from flam_core.errors import DataError, SettingsError
+
+SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"})
+
+# Demuxers and protocols are named, so that a playlist in a file called .mp4 cannot make FFmpeg open other addresses.
+_OPEN_OPTIONS = {"format_whitelist": "mov,mp4,matroska,webm,avi,gif", "protocol_whitelist": "file"}
+_MAX_GAP = 60.0  # seconds between frames; more is a damaged time stamp, which would be filled with copies of a frame
+_TIE = 1e-6  # seconds; time stamps in milliseconds or as fractions must not make rounding decide
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How frames are brought to one size and rate."""
+
+    size: int = 64
+    """Height and width of the frames given, in pixels."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """What happens to frames that are not square: cut the longer side, add black bars, or distort."""
+    fps: float | None = None
+    """Frames a second, each the one nearest in time; None keeps the frames as they are (and as unevenly spaced)."""
+    filter: Literal["area", "bicubic"] = "area"
+    """How frames are scaled. Area does not ring at sharp edges; bicubic is crisper on camera video."""
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.size <= 4096:
+            raise SettingsError(f"video: size = {self.size}", fix="Choose 8 to 4096 pixels.")
+        if self.fps is not None and not 0.0 < self.fps <= 1000.0:
+            raise SettingsError(f"video: fps = {self.fps}", fix="Choose a rate above 0 and up to 1000, or none.")
+        if self.fit not in ("crop", "pad", "stretch"):
+            raise SettingsError(f"video: fit = {self.fit!r}", fix="Choose crop, pad or stretch.")
+        if self.filter not in ("area", "bicubic"):
+            raise SettingsError(f"video: filter = {self.filter!r}", fix="Choose area or bicubic.")
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """The next frames of a video."""
+
+    frames: np.ndarray
+    """uint8 [T, size, size, 3], RGB."""
+    fps: float
+    """Frames a second: the one asked for, else the file's average."""
+
+
+@dataclass(frozen=True)
+class BadVideo:
+    """A file (or episode) that cannot be used, and why."""
+
+    path: str
+    reason: str
+
+
+class _Unusable(Exception):
+    """Carries the reason out of the decoding loop; never leaves this module."""
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """All video files below `folder`, known by suffix in any case, sorted. Raises DataError if none is there."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder", fix="Give a folder of video files.")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise DataError(f"no video files in {folder}", fix=f"They must end in {', '.join(sorted(SUFFIXES))}.")
+    return found
+
+
+def read_video(path: Path, options: VideoOptions, chunk_frames: int) -> Iterator[VideoChunk | BadVideo]:
+    """Yield the frames of `path` in chunks of `chunk_frames` (the last may be shorter), or end with a BadVideo.
+
+    The first video stream is read, turned as its rotation says; audio and cover pictures are ignored.
+    """
+    try:
+        if not path.stat().st_size:
+            raise _Unusable("empty file (0 bytes)")
+        with _open(path) as container:
+            stream = _video_stream(container)
+            if stream.codec_context is None:
+                raise _Unusable("no decoder for its video stream")
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or stream.guessed_rate
+            fps = options.fps or float(rate or 0)
+            if not fps:
+                raise _Unusable("the file does not say its frame rate: give one")
+            frames = _decode(container, stream, path)
+            if options.fps is not None:
+                frames = _resampled(_timed(frames, 1.0 / float(rate or fps)), options.fps)
+            for chunk in _chunks(frames, _Fitter(stream, options), chunk_frames):
+                yield VideoChunk(chunk, fps)
+    except _Unusable as error:
+        yield BadVideo(str(path), str(error))
+    except (FFmpegError, OSError) as error:  # not readable, gone while it was read, or in no known pixel format
+        yield BadVideo(str(path), f"cannot be read: {error.strerror or error}")
+
+
+def _open(path: Path) -> InputContainer:
+    try:
+        return av.open(str(path), options=_OPEN_OPTIONS, metadata_errors="replace")  # titles in any old encoding
+    except FFmpegError as error:
+        if isinstance(error, PermissionError | FileNotFoundError):
+            raise
+        with path.open("rb") as file:
+            head = file.read(12)
+        if head[4:8] == b"ftyp":
+            raise _Unusable("truncated or damaged: its index (moov) cannot be read, 0 frames decoded") from error
+        raise _Unusable(f"not a video: {error.strerror}") from error
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    raise _Unusable("no video stream")
+
+
+def _decode(container: InputContainer, stream: VideoStream, path: Path) -> Iterator[VideoFrame]:
+    """All frames in order of display. Raises _Unusable, with their number, if the file is damaged or breaks off."""
+    count = 0
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise _Unusable(f"truncated or damaged: {count} frames decoded before the damage")
+            for frame in stream.decode(packet):
+                if frame.is_corrupt:
+                    raise _Unusable(f"damaged: frame {count} is broken, {count} frames decoded before it")
+                yield frame
+                count += 1
+    except FFmpegError as error:
+        raise _Unusable(f"truncated or damaged: {count} frames decoded, then {error.strerror}") from error
+    if not count:
+        raise _Unusable("no frame could be decoded")
+    if _breaks_off(container, stream, path):
+        raise _Unusable(f"truncated: the file breaks off after {count} decoded frames")
+
+
+def _breaks_off(container: InputContainer, stream: VideoStream, path: Path) -> bool:
+    """Whether a file that decoded without complaint is shorter than it says. FFmpeg itself takes that for its end."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if "matroska" in container.format.name:
+            return _matroska_end(file.read(4096)) > size
+        if container.format.name == "avi":
+            return 8 + int.from_bytes(file.read(8)[4:], "little") > size + 1  # some writers count a byte of padding
+        if container.format.name == "gif":
+            file.seek(-min(64, size), 2)
+            return not file.read().rstrip(b"\0\r\n").endswith(b";")  # the trailer of a GIF
+    return max((entry.pos + entry.size for entry in stream.index_entries), default=0) > size
+
+
+def _matroska_end(head: bytes) -> int:
+    """Where the segment of a Matroska or WebM file ends, in bytes; 0 if its header does not say (a live recording)."""
+
+    def number(at: int) -> tuple[int, int]:
+        """A number as Matroska writes it, and where it ends: the zero bits it begins with give its length."""
+        length = 9 - head[at].bit_length()
+        return int.from_bytes(head[at : at + length], "big") & ((1 << 7 * length) - 1), at + length
+
+    header, at = number(4)  # after the four bytes that mark a Matroska file
+    at += header
+    if head[at : at + 4] != b"\x18\x53\x80\x67":
+        return 0
+    segment, start = number(at + 4)
+    unknown = segment == (1 << 7 * (start - at - 4)) - 1
+    return 0 if unknown else start + segment
+
+
+def _timed(frames: Iterator[VideoFrame], period: float) -> Iterator[tuple[VideoFrame, float, float]]:
+    """Frames, the second each appears at (0 for the first, never decreasing), and the seconds it stays."""
+    start: float | None = None
+    at = stays = 0.0
+    for frame in frames:
+        if start is None:
+            start = frame.time or 0.0
+        # Some old AVI files have no time stamps: a frame then follows on the one before.
+        at = at + stays if frame.time is None else max(at, frame.time - start)
+        stays = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else period
+        yield frame, at, stays
+
+
+def _resampled(frames: Iterator[tuple[VideoFrame, float, float]], fps: float) -> Iterator[VideoFrame]:
+    """The frame nearest to each time k / fps; of two equally near the earlier. The last one stands for its stay."""
+    step = 0
+    held: VideoFrame | None = None
+    held_at = held_stays = 0.0
+    for frame, at, stays in frames:
+        if at - held_at > _MAX_GAP:
+            raise _Unusable(f"time stamps jump by {at - held_at:.0f} s")
+        while held is not None and step / fps <= (held_at + at) / 2 + _TIE:
+            yield held
+            step += 1
+        held, held_at, held_stays = frame, at, stays
+    while held is not None and step / fps < held_at + held_stays - _TIE:
+        yield held
+        step += 1
+
+
+class _Fitter:
+    """Brings frames to one size, sharing one scaler: making one for each frame costs several times the scaling."""
+
+    def __init__(self, stream: VideoStream, options: VideoOptions) -> None:
+        self._options = options
+        self._aspect = float(stream.sample_aspect_ratio or 1)  # width of a stored pixel over its height
+        self._scaler = VideoReformatter()
+        kind = Interpolation.AREA if options.filter == "area" else Interpolation.BICUBIC
+        # Full chroma and exact rounding: the same bytes on every processor, and no colour lost on pixel art.
+        self._flags = kind | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+    def fit(self, frame: VideoFrame) -> np.ndarray:
+        """uint8 [size, size, 3], RGB, upright."""
+        size = self._options.size
+        width, height = self._scaled(frame.width * self._aspect, frame.height)
+        rgb = self._scaler.reformat(
+            frame, width=width, height=height, format="rgb24", interpolation=self._flags, threads=1
+        ).to_ndarray()
+        if self._options.fit == "pad":
+            top, left = (size - height) // 2, (size - width) // 2
+            rgb = np.pad(rgb, ((top, size - height - top), (left, size - width - left), (0, 0)))
+        else:
+            top, left = (height - size) // 2, (width - size) // 2
+            rgb = rgb[top : top + size, left : left + size]
+        return np.rot90(rgb, round(frame.rotation / 90))  # both count anticlockwise; the square fits either way
+
+    def _scaled(self, width: float, height: float) -> tuple[int, int]:
+        """(width, height) in whole pixels that a frame is scaled to before it is cut or padded."""
+        size = self._options.size
+        if self._options.fit == "stretch":
+            return size, size
+        if self._options.fit == "crop":
+            scale = size / min(width, height)
+            return max(size, round(width * scale)), max(size, round(height * scale))
+        scale = size / max(width, height)
+        return min(size, max(1, round(width * scale))), min(size, max(1, round(height * scale)))
+
+
+def _chunks(frames: Iterator[VideoFrame], fitter: _Fitter, length: int) -> Iterator[np.ndarray]:
+    """Stack fitted frames, `length` at a time, fitting a frame that comes several times in a row only once."""
+    chunk: list[np.ndarray] = []
+    last: VideoFrame | None = None
+    for frame in frames:
+        chunk.append(chunk[-1] if frame is last and chunk else fitter.fit(frame))
+        last = frame
+        if len(chunk) == length:
+            yield np.stack(chunk)
+            chunk = []
+    if chunk:
+        yield np.stack(chunk)

@@ -1,0 +1,63 @@
+"""The losses of both stages and the meters that tell whether they do what they should."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flam_core.config import LossConfig
+
+
+def tokenizer_loss(reconstruction: Tensor, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of frames [N, 3, H, W] in [0, 1], and its meters (flam-spec: stage 1)."""
+    mse = (reconstruction.float() - frames).pow(2).mean()
+    return mse, {"tokenizer/mse": mse.detach(), "tokenizer/psnr": -10 * mse.detach().clamp_min(1e-10).log10()}
+
+
+def beta_at(config: LossConfig, progress: float) -> float:
+    """The weight of the KL when a share `progress` in [0, 1] of the steps is done."""
+    start, end = config.beta_warmup
+    if progress < start or end == 0:
+        return config.beta if end == 0 else 0.0
+    return config.beta * min(1.0, (progress - start) / max(end - start, 1e-9))
+
+
+def flam_loss(dynamics: torch.nn.Module, z: Tensor, config: LossConfig, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The stage-2 loss of features z [B, T, P, C] and its meters (flam-spec: loss).
+
+    Mean squared error of the predicted features, one step ahead and, if asked for, `rollout_steps` ahead in slot
+    space, plus beta times the KL summed over slots (for VQ: the codebook and commitment loss, with weight 1).
+    """
+    prediction, rollout = dynamics(z, config.rollout_steps, bridge=config.bridge > 0)
+    error = (prediction.next_z.float() - z[:, 1:]).pow(2)
+    one_step = error.mean()
+    penalty = prediction.actions.penalty.sum(dim=-1).mean()
+    discrete = prediction.actions.codes is not None
+    loss = one_step + (1.0 if discrete else beta) * penalty
+    with torch.no_grad():
+        copy = (z[:, 1:] - z[:, :-1]).pow(2).mean()
+        usage = prediction.masks.float().mean(dim=(0, 1, 3))
+        meters = {
+            "flam/one_step": one_step.detach(),
+            "flam/copy": copy,
+            "flam/explained": 1 - one_step.detach() / copy.clamp_min(1e-8),
+            "flam/kl": penalty.detach(),
+            "flam/beta": torch.tensor(beta),
+            "flam/largest_mask_share": usage.max(),
+        }
+        if not discrete:
+            per_slot = prediction.actions.penalty.mean(dim=(0, 1))
+            meters |= {f"flam/kl_slot_{i}": value for i, value in enumerate(per_slot)}
+    if prediction.bridged_z is not None:
+        bridged = (prediction.bridged_z.float() - z[:, 1:]).pow(2).mean()
+        loss = loss + config.bridge * bridged
+        meters["flam/bridged"] = bridged.detach()
+    if config.slot_prediction > 0:
+        slot_error = (prediction.next_slots.float() - prediction.slots[:, 1:].detach().float()).pow(2).mean()
+        loss = loss + config.slot_prediction * slot_error
+        meters["flam/slot_error"] = slot_error.detach()
+    if rollout is not None:
+        rolled = (rollout.float() - z[:, -rollout.shape[1] :]).pow(2).mean()
+        loss = loss + config.rollout_weight * rolled
+        meters["flam/rollout"] = rolled.detach()
+    return loss, meters

@@ -1,0 +1,144 @@
+"""One training step of either stage, and the state that a checkpoint holds. No Ray here: usable in a notebook."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from flam_core.config import Config, StageConfig
+from flam_core.errors import TrainingFailed
+from flam_core.learning.losses import beta_at, flam_loss, tokenizer_loss
+from flam_core.learning.schedule import autocast_dtype, learning_rate
+from flam_core.model import Flam
+from flam_core.saved_model import weights_from_bytes, weights_to_bytes
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Trainer:
+    """Trains the tokenizer (stage 1), then FLAM on its frozen features (stage 2), one global step at a time.
+
+    The state is `model`, the optimiser of the stage in hand, `step` (steps done, over both stages) and `digest` (a
+    rolling hash of the ids of all windows consumed by this rank). Noise is a function of (seed, step, rank), so there
+    is no generator to store, and a resumed run draws what the unbroken one would have drawn.
+    """
+
+    def __init__(self, config: Config, device: torch.device, *, rank: int = 0, wrap: Wrap | None = None) -> None:
+        """`wrap` makes a stage's module distributed (DDP); by default it stays as it is."""
+        torch.manual_seed(config.seed)
+        self.config, self.device, self.rank = config, device, rank
+        self.model = Flam(config.tokenizer, config.model).to(device)
+        self.dtype = autocast_dtype(config.precision, device)
+        self.step = 0
+        self.digest = hashlib.sha256(b"flam").hexdigest()
+        self._wrap: Wrap = wrap or (lambda module: module)
+        self._prepared_stage = -1
+        self._module: nn.Module = self.model
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both stages."""
+        return self.config.tokenizer_stage.steps + self.config.flam_stage.steps
+
+    @property
+    def stage(self) -> int:
+        """0 while the tokenizer is trained, then 1."""
+        return int(self.step >= self.config.tokenizer_stage.steps)
+
+    def train_step(self, frames_u8: Tensor, ids: list[str]) -> dict[str, Tensor]:
+        """One optimiser step on this rank's uint8 frames [B, T, H, W, 3]; the meters, on the device.
+
+        Raises TrainingFailed if the gradient is not finite.
+        """
+        self._prepare(frames_u8)
+        assert self._optimizer is not None
+        stage, local = self._stage_config()
+        self.digest = hashlib.sha256((self.digest + "".join(ids)).encode()).hexdigest()
+        torch.manual_seed(_mix(self.config.seed, self.step, self.rank))
+        rate = learning_rate(stage, local)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        loss, meters = self._loss(frames_u8, local / stage.steps)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._module.parameters(), stage.clip_norm)
+        if not torch.isfinite(norm):
+            raise TrainingFailed(
+                f"the gradient is not finite at step {self.step} (loss {loss.item():.3g})",
+                fix="Lower learning_rate, or raise model.initial_log_variance's noise by less.",
+            )
+        self._optimizer.step()
+        self.step += 1
+        name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
+        return meters | {f"{name}/loss": loss.detach(), f"{name}/grad_norm": norm, f"{name}/lr": torch.tensor(rate)}
+
+    def _stage_config(self) -> tuple[StageConfig, int]:
+        first = self.config.tokenizer_stage
+        return (first, self.step) if self.stage == 0 else (self.config.flam_stage, self.step - first.steps)
+
+    def _loss(self, frames_u8: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            if self.stage == 0:
+                frames = rearrange(frames_u8, "b t h w c -> (b t) c h w").float().div(255)
+                return tokenizer_loss(self._module(frames), frames)
+            with torch.no_grad():
+                z = self.model.encode(frames_u8).float()
+            return flam_loss(self._module, z, self.config.loss, beta_at(self.config.loss, progress))
+
+    def _prepare(self, frames_u8: Tensor) -> None:
+        """Set up the module and optimiser of the stage that `step` is in, unless that is done."""
+        if self._prepared_stage == self.stage:
+            return
+        if self.stage == 1:
+            if self.step == self.config.tokenizer_stage.steps:
+                self._calibrate(frames_u8)
+            self.model.tokenizer.requires_grad_(False)
+        inner = self.model.tokenizer if self.stage == 0 else self.model.dynamics
+        self._module = self._wrap(inner)
+        stage = self._stage_config()[0]
+        self._optimizer = torch.optim.AdamW(
+            inner.parameters(),
+            lr=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self._prepared_stage = self.stage
+
+    def _calibrate(self, frames_u8: Tensor) -> None:
+        """Standardise features by the first global batch of stage 2, the same on every rank and world size."""
+        moments = self.model.tokenizer.moments(frames_u8)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(moments)
+        self.model.tokenizer.standardise(moments)
+
+    def state(self) -> dict[str, bytes | dict[str, Any]]:
+        """What a checkpoint holds: `model` and `optimizer` as bytes, `meta` as plain JSON values."""
+        optimizer = io.BytesIO()
+        torch.save(self._optimizer.state_dict() if self._optimizer else {}, optimizer)
+        meta = {"step": self.step, "stage": self._prepared_stage, "digest": self.digest}
+        return {"model": weights_to_bytes(self.model), "optimizer": optimizer.getvalue(), "meta": meta}
+
+    def restore(self, model: bytes, optimizer: bytes, meta: dict[str, Any]) -> None:
+        """Continue from what `state` returned. Only tensors and plain values are read; pickled code is refused."""
+        weights_from_bytes(self.model, model)
+        self.step, self.digest = meta["step"], meta["digest"]
+        if meta["stage"] == self.stage and self.step < self.total_steps:
+            self._prepare(torch.empty(0))
+            assert self._optimizer is not None
+            self._optimizer.load_state_dict(
+                torch.load(io.BytesIO(optimizer), map_location=self.device, weights_only=True)
+            )
+
+
+def _mix(*values: int) -> int:
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

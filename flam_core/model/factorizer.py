@@ -1,0 +1,68 @@
+"""The factorizer: patch features of all frames to K slots a frame (flam-spec: the four parts)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flam_core.config import ModelConfig
+from flam_core.model.attention import FeedForward, PositionCode, TemporalBlock
+
+
+class Factorizer(nn.Module):
+    """Slot attention with one learned start per slot, each iteration followed by causal attention over time.
+
+    All frames go in parallel and each starts from the same learned slots (no recurrence over time).
+    """
+
+    def __init__(self, config: ModelConfig, feature_dim: int, grid: int) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.position = PositionCode(grid, width)
+        # No norm here: features are standardised over the data set, so what is common (background) is small and what
+        # is rare (entities) is large. A norm per patch would erase that and leave a small entity to drown.
+        self.features = nn.Linear(feature_dim, width)
+        self.inputs = FeedForward(width, 2 * width)
+        self.initial = nn.Parameter(torch.randn(config.factors, width))
+        self.slot_norm = nn.LayerNorm(width)
+        self.to_query = nn.Linear(width, width, bias=False)
+        self.to_key = nn.Linear(width, width, bias=False)
+        self.to_value = nn.Linear(width, width, bias=False)
+        self.log_sharpness = nn.Parameter(torch.tensor(config.slot_sharpness).log())
+        self.update = nn.GRUCell(width, width)
+        self.mlp = FeedForward(width, 2 * width)
+        self.temporal = nn.ModuleList(
+            TemporalBlock(width, config.heads, config.temporal_window) for _ in range(config.iterations)
+        )
+
+    def forward(self, z_btpc: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots [B, T, K, D] and the last iteration's masks [B, T, K, P] of features [B, T, P, C].
+
+        A mask says how a patch is shared out: it sums to 1 over the slots.
+        """
+        b, t = z_btpc.shape[:2]
+        x = self.features(z_btpc) + self.position()
+        x = x + self.inputs(x)
+        keys, values = self.to_key(x), self.to_value(x)
+        slots = self.initial.to(x.dtype).expand(b, t, -1, -1)
+        masks = x
+        for temporal in self.temporal:
+            weights, masks = self._attend(self.to_query(self.slot_norm(slots)), keys)
+            updates = weights.to(values.dtype) @ values
+            slots = self.update(updates.flatten(0, 2), slots.flatten(0, 2).to(updates.dtype)).view_as(updates)
+            slots = slots + self.mlp(slots)
+            slots = temporal(slots)
+        return slots, masks
+
+    def _attend(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights over patches (sum 1 over P) and masks (sum 1 over K), both [B, T, K, P]."""
+        scale = self.log_sharpness.exp() * queries.shape[-1] ** -0.5
+        logits = (queries @ keys.transpose(-1, -2)).float() * scale
+        masks = logits.softmax(dim=-2)
+        weights = masks + 1e-8
+        if self.config.slot_competition == "dual":
+            weights = weights * logits.softmax(dim=-1)
+        if self.config.slot_focus != 1:
+            weights = (weights / weights.amax(dim=-1, keepdim=True)) ** self.config.slot_focus
+        return weights / weights.sum(dim=-1, keepdim=True), masks

@@ -1,0 +1,141 @@
+"""The tokenizer: a frame to a grid of patch features and back (flam-spec: stage 1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flam_core.config import TokenizerConfig
+from flam_core.model.fsq import FSQ
+
+
+class ResidualBlock(nn.Module):
+    """IMPALA's residual block (Espeholt et al. 2018)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+class Encoder(nn.Module):
+    """Frames [N, 3, H, W] to features [N, C, H / stride, W / stride]: IMPALA stages of convolution, pooling and two
+    residual blocks."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.PixelUnshuffle(config.unshuffle)]
+        width = 3 * config.unshuffle**2
+        for channels in config.channels:
+            layers += [
+                nn.Conv2d(width, channels, 3, padding=1),
+                nn.MaxPool2d(3, stride=2, padding=1),
+                ResidualBlock(channels),
+                ResidualBlock(channels),
+            ]
+            width = channels
+        layers += [nn.ReLU(), nn.Conv2d(width, config.feature_dim, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.layers(frames)
+
+
+class Decoder(nn.Module):
+    """Codes [N, L, h, w] to frames [N, 3, H, W] (0 black, 1 white): deconvolutions with residual blocks."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        stages = tuple(reversed(config.channels))
+        layers: list[nn.Module] = [nn.Conv2d(len(config.fsq_levels), stages[0], 3, padding=1)]
+        for channels, following in zip(stages, (*stages[1:], stages[-1]), strict=True):
+            layers += [
+                ResidualBlock(channels),
+                nn.ReLU(),
+                nn.ConvTranspose2d(channels, following, 4, stride=2, padding=1),
+            ]
+        layers += [
+            ResidualBlock(stages[-1]),
+            nn.ReLU(),
+            nn.Conv2d(stages[-1], 3 * config.unshuffle**2, 3, padding=1),
+            nn.PixelShuffle(config.unshuffle),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.layers(codes) + 0.5
+
+
+class Tokenizer(nn.Module):
+    """Encoder, FSQ and decoder.
+
+    FLAM works on features z *before* quantisation, standardised by `mean` and `deviation`, which `calibrate` sets at
+    the end of stage 1, so that the stage-2 loss has the same scale whatever the tokenizer.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.to_codes = nn.Conv2d(config.feature_dim, len(config.fsq_levels), 1)
+        self.fsq = FSQ(config.fsq_levels)
+        self.decoder = Decoder(config)
+        self.register_buffer("mean", torch.zeros(config.feature_dim))
+        self.register_buffer("deviation", torch.ones(config.feature_dim))
+
+    mean: Tensor
+    deviation: Tensor
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Reconstruction [N, 3, H, W] in [0, 1] of frames [N, 3, H, W] in [0, 1]: what stage 1 trains."""
+        return self._from_features(self.encoder(frames * 2 - 1))
+
+    def encode(self, frames_u8: Tensor) -> Tensor:
+        """Standardised features z float [..., P, C] of uint8 frames [..., H, W, 3]."""
+        shape = frames_u8.shape[:-3]
+        x = rearrange(frames_u8.reshape(-1, *frames_u8.shape[-3:]), "n h w c -> n c h w")
+        z = self.encoder(x.to(self.mean.dtype).div(127.5).sub(1))
+        z = rearrange(z, "n c h w -> n (h w) c").reshape(*shape, self.config.patches, self.config.feature_dim)
+        return (z - self.mean) / self.deviation
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Frames float [..., H, W, 3] in [0, 1] of standardised features [..., P, C], which are quantised first."""
+        shape = z.shape[:-2]
+        features = (z * self.deviation + self.mean).reshape(-1, *z.shape[-2:])
+        frames = self._from_features(rearrange(features, "n (h w) c -> n c h w", h=self.config.grid))
+        return rearrange(frames, "n c h w -> n h w c").reshape(*shape, *frames.shape[-2:], 3)
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Code numbers int64 [..., P] of standardised features [..., P, C]."""
+        features = z * self.deviation + self.mean
+        return self.fsq.indices(F.linear(features, self.to_codes.weight.flatten(1), self.to_codes.bias))
+
+    def _from_features(self, features: Tensor) -> Tensor:
+        codes = self.fsq(rearrange(self.to_codes(features), "n l h w -> n h w l"))
+        return self.decoder(rearrange(codes, "n h w l -> n l h w").to(features.dtype))
+
+    @torch.no_grad()
+    def moments(self, frames_u8: Tensor) -> Tensor:
+        """Count, sum and sum of squares of each feature channel, float64 [3, C], over uint8 frames [..., H, W, 3].
+
+        Moments of several samples add up, also across ranks.
+        """
+        z = self.encode(frames_u8).double() * self.deviation + self.mean
+        z = z.flatten(0, -2)
+        return torch.stack([torch.full_like(z[0], len(z)), z.sum(dim=0), z.pow(2).sum(dim=0)])
+
+    @torch.no_grad()
+    def standardise(self, moments: Tensor) -> None:
+        """Set `mean` and `deviation` from `moments`.
+
+        One deviation serves all channels: scaling each to 1 would blow up the noise of channels that say little.
+        """
+        count, total, squares = moments
+        mean = total / count
+        self.mean.copy_(mean)
+        self.deviation.fill_((squares / count - mean.pow(2)).mean().clamp_min(1e-12).sqrt())

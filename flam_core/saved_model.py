@@ -1,0 +1,104 @@
+"""Models on disk: safetensors for the weights, JSON for the config, a card for people. No pickle anywhere."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import nn
+
+from flam_core.config import ModelConfig, TokenizerConfig, from_dict, to_dict
+from flam_core.errors import DataError, EnvironmentFault, SettingsError
+from flam_core.model import Flam
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+_FORMAT = 1
+
+
+def weights_to_bytes(model: nn.Module) -> bytes:
+    """The weights and buffers of a model in safetensors format."""
+    return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in _weights(model).items()})
+
+
+def weights_from_bytes(model: nn.Module, content: bytes) -> None:
+    """Load what `weights_to_bytes` gave. Raises DataError if it does not fit the model or is damaged."""
+    try:
+        loaded = safetensors.torch.load(content)
+        own = _weights(model)
+        if set(loaded) != set(own):
+            odd = sorted(set(loaded) ^ set(own))
+            raise DataError(f"weights do not fit the model: {', '.join(odd[:3])} differ", fix="Another version of flam?")
+        model.load_state_dict(loaded, strict=False)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise DataError(f"weights cannot be read: {str(error).splitlines()[0]}", fix="Is the file whole?") from error
+
+
+def _weights(model: nn.Module) -> dict[str, Any]:
+    """The state dict without second names of shared tensors, which safetensors refuses."""
+    seen: set[int] = set()
+    weights = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            weights[name] = value
+    return weights
+
+
+def save_model(model: Flam, folder: Path, card: str) -> None:
+    """Write a model to a folder: `model.safetensors`, `config.json` and the model card `README.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": _FORMAT,
+        "tokenizer": to_dict(model.tokenizer.config),
+        "model": to_dict(model.dynamics.config),
+    }
+    (folder / WEIGHTS).write_bytes(weights_to_bytes(model))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CARD).write_text(card)
+
+
+def load(address: str | Path) -> Flam:
+    """A model, ready to use (evaluation mode, CPU).
+
+    `address` is a folder that `save_model` wrote, a run's output folder (its `model/`), or an address with a scheme
+    that an installed package resolves, such as `models:/flam-grid/1` (MLflow). Raises DataError if there is no model
+    or it is damaged, SettingsError for an unknown scheme.
+    """
+    folder = _folder(str(address))
+    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+        folder = folder / "model"
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        content = (folder / WEIGHTS).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"no model at {address}: {Path(error.filename).name} is missing", fix="Give the folder of a model or run."
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{folder / CONFIG} is not JSON: {error}", fix="Is the file whole?") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise DataError(f"{folder / CONFIG} is not of format {_FORMAT}", fix="It was written by another flam.")
+    model = Flam(
+        from_dict(TokenizerConfig, config["tokenizer"], "tokenizer"), from_dict(ModelConfig, config["model"], "model")
+    )
+    weights_from_bytes(model, content)
+    return model.eval()
+
+
+def _folder(address: str) -> Path:
+    scheme, separator, _ = address.partition(":/")
+    if not separator or scheme == "file":
+        return Path(address.removeprefix("file://").removeprefix("file:"))
+    resolvers = {point.name: point for point in entry_points(group="flam.addresses")}
+    if scheme in resolvers:
+        return Path(resolvers[scheme].load()(address))
+    known = ", ".join(f"{name}:/" for name in sorted(resolvers))
+    if not known:
+        raise EnvironmentFault(f"{address}: nothing installed resolves {scheme}:/", fix="pip install flam itself.")
+    raise SettingsError(f"{address}: unknown scheme {scheme}:/", fix=f"Known: a folder, {known}.")

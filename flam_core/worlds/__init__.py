@@ -1,0 +1,61 @@
+"""Built-in worlds: simulators that record episodes with ground truth. `grid` needs no package beyond NumPy.
+
+>>> world = make_world("grid", agents=2, cells=4, walls=0, frame_size=32)
+>>> next(world.episodes(count=1, frames=5, seed=0)).frames.shape
+(5, 32, 32, 3)
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from flam_core.errors import EnvironmentFault, SettingsError
+from flam_core.worlds.base import Episode, World
+from flam_core.worlds.driving import DrivingWorld
+from flam_core.worlds.grid import GridWorld
+from flam_core.worlds.multigrid import MultiGridWorld
+from flam_core.worlds.procgen import INSTALL, ProcgenWorld
+
+__all__ = ["WORLDS", "Episode", "World", "make_world"]
+
+WORLDS = ("grid", "multigrid", "bigfish", "leaper", "starpilot", "driving")
+_NOT_OPTIONS = ("name", "licence", "game")  # what the name of the world already says
+
+
+def make_world(name: str, **options: Any) -> World:
+    """The world called `name`; `options` are fields of its dataclass. Raises before any simulator starts."""
+    kind: type[Any]
+    if name == "grid":
+        kind, package, fixed = GridWorld, "numpy", {}
+    elif name == "multigrid":
+        kind, package, fixed = MultiGridWorld, "multigrid", {}
+    elif name == "driving":
+        kind, package, fixed = DrivingWorld, "highway_env", {}
+    elif name in WORLDS:
+        kind, package, fixed = ProcgenWorld, "procgen", {"game": name}
+    else:
+        raise SettingsError(
+            f"worlds: there is no world {name!r}", fix=_suggest(name, WORLDS) + f"Choose one of {', '.join(WORLDS)}."
+        )
+    known = [f.name for f in fields(kind) if f.name not in _NOT_OPTIONS]
+    for option in options:
+        if option not in known:
+            raise SettingsError(
+                f"{name}: there is no option {option!r}",
+                fix=_suggest(option, known) + f"The options are {', '.join(known)}.",
+            )
+    world = kind(**fixed, **options)
+    if importlib.util.find_spec(package) is None:
+        fix = INSTALL if kind is ProcgenWorld else "Run: pip install 'flam[worlds]'"
+        raise EnvironmentFault(f"{name}: the package {package} is not installed", fix=fix)
+    return world
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    """'Did you mean ...? ' if something known is like `word`, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {close[0]!r}? " if close else ""

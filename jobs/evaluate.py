@@ -1,0 +1,62 @@
+"""Evaluate a model on the held-out episodes of a data set and write its report.
+
+    python jobs/evaluate.py --model models:/flam-grid/1 --data data/grid --out outputs/check
+    python jobs/evaluate.py --model outputs/latest --data data/grid --evaluation.rollout frames
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/evaluate.py` puts only jobs/ on the path
+
+import flam_core
+from flam_core.config import EvaluationConfig
+from flam_core.data.manifest import read_manifest
+from flam_core.errors import SettingsError
+from flam_core.evaluation.report import write_report
+from services.console import run_program, table
+from services.storage import resolve
+from services.training.finish import evaluate_on
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `jobs/evaluate.py` takes."""
+
+    model: str
+    """models:/NAME/VERSION, models:/NAME@ALIAS, or the folder of a model or a run."""
+    data: str
+    """The data set: a folder or s3://bucket/prefix."""
+    out: Path = Path("outputs/evaluation")
+    """Folder for report.html, metrics.json and the pictures."""
+    split: Literal["test", "val"] = "test"
+    """Which held-out episodes."""
+    seed: int = 0
+    """Of the shuffling and the bootstrap."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def main(arguments: Arguments) -> None:
+    """Load, measure, write."""
+    data = resolve(arguments.data)
+    manifest = read_manifest(data.fs, data.path)
+    model = flam_core.load(arguments.model)
+    size = model.tokenizer.config.frame_size
+    if manifest.frame_size != (size, size):
+        raise SettingsError(
+            f"{arguments.model} takes frames of {size}x{size}, data set {data} has {manifest.frame_size}",
+            fix=f"Ingest the data with --size {size}.",
+        )
+    measured = evaluate_on(model, manifest, data, arguments.evaluation, arguments.seed, arguments.split)
+    info = {"model": arguments.model, "data set": manifest.name, "split": arguments.split, "seed": str(arguments.seed)}
+    report = write_report(arguments.out, measured.rollouts, measured.metrics, info, measured.notes)
+    rows = {key: f"{value:.3f}" for key, value in sorted(measured.metrics.items()) if key.endswith(("@1", "@10", "/d", "/c", "/i"))}
+    table("evaluation", rows | {"report": str(report)})
+
+
+if __name__ == "__main__":
+    run_program(Arguments, main, description=__doc__ or "")

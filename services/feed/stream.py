@@ -1,0 +1,94 @@
+"""One Ray Data execution per run: plan rows in, contiguous uint8 batches out, in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from flam_core.errors import FlamError, TrainingFailed
+from services.feed.plan import FeedPlan
+from services.feed.read import read_steps
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank trains on at one step."""
+
+    step: int
+    """Global step, counted over all stages."""
+    frames: np.ndarray
+    """uint8 [B, T, H, W, 3], read-only."""
+    ids: list[str]
+    """Of the windows."""
+
+
+def make_dataset(plan: FeedPlan, start: int, *, task_cpus: float) -> ray.data.Dataset:
+    """The data set of all steps from `start` on. A row is one step of one rank; a block is one read task."""
+    tasks = math.ceil((plan.total_steps - start) / plan.chunk_steps) * plan.world
+    plan.orders()  # data that do not suffice are reported here, not from a task
+    dataset = ray.data.range(tasks, override_num_blocks=tasks)
+    return dataset.map_batches(
+        partial(_read, plan=ray.put(plan), start=start),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=task_cpus,
+        zero_copy_batch=True,
+    )
+
+
+def _read(batch: pa.Table, plan: Any, start: int) -> pa.Table:
+    known = _get(plan)
+    chunk, rank = divmod(batch["id"][0].as_py(), known.world)
+    first = start + chunk * known.chunk_steps
+    return read_steps(known, rank, range(first, min(first + known.chunk_steps, known.total_steps)))
+
+
+def _get(reference: Any) -> FeedPlan:
+    return ray.get(reference)
+
+
+def steps_of(shard: ray.data.DataIterator, rank: int, start: int) -> Iterator[StepBatch]:
+    """The batches of this rank from step `start` on.
+
+    Order is checked against the plan, never assumed. Raises TrainingFailed if a batch is not the one that is due.
+    """
+    due = start
+    for block in _unwrapped(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)):
+        for i in range(len(block)):
+            step, owner = block["step"][i].as_py(), block["rank"][i].as_py()
+            if (step, owner) != (due, rank):
+                raise TrainingFailed(
+                    f"the feed gave rank {rank} step {step} of rank {owner} where step {due} was due",
+                    fix="This is a fault in flam or Ray Data: run the command again, it resumes; please report it.",
+                )
+            pixels = np.frombuffer(block["frames"][i].as_buffer(), dtype=np.uint8)
+            yield StepBatch(step, pixels.reshape(block["shape"][i].as_py()), block["ids"][i].as_py())
+            due += 1
+
+
+def _unwrapped(blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same blocks; an error of flam's from a read task is raised as itself, not as what Ray wraps it in."""
+    try:
+        yield from blocks
+    except Exception as error:
+        if (root := flam_cause(error)) is not None:
+            raise root from error
+        raise
+
+
+def flam_cause(error: BaseException) -> FlamError | None:
+    """The flam error that an error was caused by, if any."""
+    queue: list[BaseException] = [error]
+    for current in queue:
+        if isinstance(current, FlamError):
+            return current
+        inner = (current.__cause__, current.__context__, getattr(current, "cause", None))
+        queue += [one for one in inner if isinstance(one, BaseException) and not any(one is seen for seen in queue)]
+    return None

@@ -1,0 +1,110 @@
+"""Registering a model and getting it back."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from flam_core.errors import DataError, EnvironmentFault
+from flam_core.saved_model import CONFIG, WEIGHTS
+from services.tracking.run import RunInfo, check_server, default_tracking_uri
+
+_CODE = Path(__file__).with_name("pyfunc_model.py")
+_REQUIREMENTS = ("torch", "safetensors", "einops", "numpy", "mlflow")
+
+
+def register(run: RunInfo, name: str, folder: Path, example: np.ndarray, tags: Mapping[str, str]) -> str:
+    """Register the model in `folder` (written by `saved_model.save_model`) as a version of `name`; the version.
+
+    example: uint8 [1, T, H, W, 3], whose shape the signature takes over, with any N and T. The version gets `tags`, the
+    weights' sha256, and the alias `candidate`. Registering the same run's weights again returns the version there is.
+    Raises EnvironmentFault if MLflow refuses.
+    """
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    client = mlflow.MlflowClient(run.tracking_uri)
+    previous = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(run.tracking_uri)
+    try:
+        known = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
+        for version in known:
+            if version.tags.get("weights_sha256") == digest:
+                return str(version.version)
+        spec = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]), "frames")
+        output = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]))
+        with mlflow.start_run(run_id=run.run_id):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(_CODE),
+                artifacts={"flam": str(folder)},
+                signature=ModelSignature(Schema([spec]), Schema([output])),
+                pip_requirements=[f"{p}=={importlib.metadata.version(p).split('+')[0]}" for p in _REQUIREMENTS],
+                code_paths=[str(Path(__file__).parents[2] / "flam_core")],
+            )
+        client.set_registered_model_tag(_ensure_model(client, name), "source", "flam")
+        version = client.create_model_version(
+            name, info.model_uri, run_id=run.run_id, tags={**tags, "weights_sha256": digest, "flam_run": run.name}
+        )
+        client.set_registered_model_alias(name, "candidate", version.version)
+        return str(version.version)
+    except (MlflowException, OSError) as error:
+        raise EnvironmentFault(
+            f"MLflow at {run.tracking_uri} did not register {name}: {str(error).splitlines()[0]}",
+            fix="Check the server and its artifact store, then run the same command again: training is not repeated.",
+        ) from error
+    finally:
+        mlflow.set_tracking_uri(previous)
+
+
+def _ensure_model(client: mlflow.MlflowClient, name: str) -> str:
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name, description="FLAM: a factored latent action world model.")
+    return name
+
+
+def download(address: str) -> Path:
+    """A local folder with the model that `models:/name/version` or `models:/name@alias` names.
+
+    This is what `flam_core.load` calls for `models:/` addresses (entry point `flam.addresses`). The server is
+    `MLFLOW_TRACKING_URI`, else the SQLite file of the current folder. Raises DataError if there is no such model,
+    EnvironmentFault if MLflow does not answer.
+    """
+    tracking = default_tracking_uri(Path(os.environ.get("FLAM_HOME", ".")).absolute())
+    check_server(tracking)
+    folder = Path(tempfile.mkdtemp(prefix="flam-model-"))
+    try:
+        client = mlflow.MlflowClient(tracking)
+        name, version = _parse(client, address)
+        source = client.get_model_version_download_uri(name, version)
+        path = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracking))
+    except MlflowException as error:
+        raise DataError(
+            f"no model at {address} in MLflow at {tracking}: {str(error).splitlines()[0]}",
+            fix="List the versions in MLflow's page, or set MLFLOW_TRACKING_URI.",
+        ) from error
+    for found in sorted(path.rglob(CONFIG)):
+        if (found.parent / WEIGHTS).is_file():
+            return found.parent
+    raise DataError(f"{address} is not a model of flam: it holds no {WEIGHTS}", fix="Choose a flam-* model.")
+
+
+def _parse(client: mlflow.MlflowClient, address: str) -> tuple[str, str]:
+    name = address.removeprefix("models:/")
+    if "@" in name:
+        name, _, alias = name.partition("@")
+        return name, str(client.get_model_version_by_alias(name, alias).version)
+    name, _, version = name.partition("/")
+    if not version:
+        raise DataError(f"{address} names no version", fix=f"Add one: models:/{name}/1, or models:/{name}@candidate.")
+    return name, version

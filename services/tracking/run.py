@@ -1,0 +1,164 @@
+"""An MLflow run that survives restarts.
+
+The driver opens the run, one trainer process writes its metrics, the driver closes it. A resumed run reopens the same
+MLflow run and skips steps that are already in its history, so each step is there exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+import mlflow
+import requests
+from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+
+from flam_core.errors import EnvironmentFault, SettingsError
+
+STEP_METRIC = "progress/step"
+_RUN_TAG = "flam.run_id"
+_BATCH = 900  # MLflow takes at most 1,000 metrics a call
+
+# A command line tool of a team's own cluster must not send usage data to third parties.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Which MLflow run; can be sent to other processes."""
+
+    tracking_uri: str
+    experiment: str
+    run_id: str
+    """MLflow's id."""
+    name: str
+    """flam's id."""
+
+
+def default_tracking_uri(home: Path) -> str:
+    """`MLFLOW_TRACKING_URI`, or an SQLite file below `home`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+
+
+def open_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> RunInfo:
+    """Create the MLflow run of the flam run `name`, or reopen it.
+
+    Raises EnvironmentFault if MLflow does not answer there.
+    """
+    check_server(tracking_uri)
+    try:
+        client = mlflow.MlflowClient(tracking_uri)
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, **_artifacts(tracking_uri))
+        runs = client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{name}'", max_results=1)
+        if runs:
+            run = runs[0]
+            client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            run = client.create_run(experiment_id, run_name=name, tags={_RUN_TAG: name})
+        run_id = run.info.run_id
+        known = run.data.params
+        new = [Param(key, value) for key, value in sorted(params.items()) if key not in known]
+        client.log_batch(run_id, params=new[:100], tags=[RunTag(k, v) for k, v in sorted(tags.items())])
+        for start in range(100, len(new), 100):
+            client.log_batch(run_id, params=new[start : start + 100])
+    except (MlflowException, OSError) as error:
+        raise EnvironmentFault(
+            f"MLflow at {tracking_uri} refused: {_first_line(error)}", fix="Check --tracking or MLFLOW_TRACKING_URI."
+        ) from error
+    return RunInfo(tracking_uri, experiment, run_id, name)
+
+
+class TrackedRun:
+    """Writes to a run that `open_run` gave. Metrics are buffered; `flush` sends them."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self.info = info
+        self._client = mlflow.MlflowClient(info.tracking_uri)
+        history = self._client.get_metric_history(info.run_id, STEP_METRIC)
+        self._logged = max((point.step for point in history), default=-1)
+        self._buffer: list[Metric] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Buffer the metrics of a step, unless that step is in the history already."""
+        if step <= self._logged:
+            return
+        self._logged = step
+        now = int(time.time() * 1000)
+        values = {**metrics, STEP_METRIC: float(step)}  # the marker goes last: it says that the step is complete
+        self._buffer += [Metric(key, value, now, step) for key, value in values.items()]
+
+    def flush(self) -> None:
+        """Send what is buffered. Raises EnvironmentFault if MLflow does not take it; nothing is lost then."""
+        try:
+            while self._buffer:
+                self._client.log_batch(self.info.run_id, metrics=self._buffer[:_BATCH])
+                del self._buffer[:_BATCH]
+        except (MlflowException, OSError) as error:
+            raise EnvironmentFault(
+                f"MLflow at {self.info.tracking_uri} does not take metrics: {_first_line(error)}",
+                fix="Bring it back and run the same command again: it resumes.",
+            ) from error
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Log the final metrics of the run, at step 0, replacing none of the curves."""
+        now = int(time.time() * 1000)
+        batch = [Metric(key.replace("@", "_at_"), value, now, 0) for key, value in metrics.items()]
+        for start in range(0, len(batch), _BATCH):
+            self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
+
+    def artifacts(self, folder: Path, path: str) -> None:
+        """Upload the files of a folder as artifacts below `path`."""
+        self._client.log_artifacts(self.info.run_id, str(folder), path)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        self._client.log_batch(self.info.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End the run truly."""
+        self._client.set_terminated(self.info.run_id, RunStatus.to_string(RunStatus.from_string(status)))
+
+
+def check_server(tracking_uri: str) -> None:
+    """Ask an MLflow server for its health, once and quickly, instead of through MLflow's minutes of retries.
+
+    Raises EnvironmentFault if it does not answer, SettingsError for an address that cannot be one.
+    """
+    parts = urlparse(tracking_uri)
+    if parts.scheme == "sqlite":
+        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return
+    if parts.scheme not in ("http", "https"):
+        raise SettingsError(
+            f"tracking address {tracking_uri} is not one flam can use", fix="Give http(s)://host:port or sqlite:///file."
+        )
+    try:
+        answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=10)
+    except requests.RequestException as error:
+        raise EnvironmentFault(
+            f"no MLflow server answers at {tracking_uri} ({type(error).__name__})",
+            fix="Start it, or correct --tracking or MLFLOW_TRACKING_URI; without either flam uses a local SQLite file.",
+        ) from error
+    if answer.status_code != 200:
+        raise EnvironmentFault(
+            f"MLflow at {tracking_uri} answers {answer.status_code}", fix="Check the address and the credentials."
+        )
+
+
+def _artifacts(tracking_uri: str) -> dict[str, str]:
+    """Where artifacts go: a server decides for itself; beside an SQLite file lies a folder."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return {}
+    return {"artifact_location": str(Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,116 @@
+"""Committed checkpoints in a run's folder or bucket.
+
+A checkpoint is a folder `checkpoints/step-<8 digits>/` with `model.safetensors`, `optimizer.pt`, `meta.json` and, written
+last, `COMMIT`, which holds the sha256 of each file. Without a COMMIT that fits, a folder is no checkpoint.
+`checkpoints/index.json` names the committed ones, so that nothing has to list a bucket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from flam_core.config import Config, canonical_json, differing_fields, from_dict, to_dict
+from flam_core.errors import DataError, EnvironmentFault, FlamError, SettingsError, TrainingFailed
+from services.storage import Location, exists, read_bytes, write_bytes
+
+_KEEP = 2
+_FILES = ("model.safetensors", "optimizer.pt", "meta.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a committed checkpoint."""
+
+    step: int
+    model: bytes
+    optimizer: bytes
+    meta: dict[str, Any]
+
+
+def save(run: Location, step: int, model: bytes, optimizer: bytes, meta: dict[str, Any]) -> None:
+    """Write and commit a checkpoint, then forget all but the newest two."""
+    folder = run / "checkpoints" / _name(step)
+    contents = dict(zip(_FILES, (model, optimizer, canonical_json(meta).encode()), strict=True))
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    write_bytes(folder / "COMMIT", canonical_json(digests).encode())
+    steps = sorted({*_committed(run), step})
+    write_bytes(run / "checkpoints" / "index.json", canonical_json(steps[-_KEEP:]).encode())
+    for old in steps[:-_KEEP]:
+        run.fs.delete_dir((run / "checkpoints" / _name(old)).path)
+
+
+def newest(run: Location) -> Checkpoint | None:
+    """The newest committed checkpoint that is whole; None if there is none.
+
+    A damaged one is passed over with a word on the console, since the one before it is still good.
+    """
+    for step in reversed(_committed(run)):
+        folder = run / "checkpoints" / _name(step)
+        try:
+            digests = json.loads(read_bytes(folder / "COMMIT"))
+            contents = {name: read_bytes(folder / name) for name in _FILES}
+        except (DataError, ValueError) as error:
+            print(f"checkpoint {folder} is not whole and is passed over: {error}", flush=True)
+            continue
+        broken = [name for name in _FILES if hashlib.sha256(contents[name]).hexdigest() != digests.get(name)]
+        if broken:
+            print(f"checkpoint {folder} is damaged ({', '.join(broken)}) and is passed over", flush=True)
+            continue
+        return Checkpoint(step, contents[_FILES[0]], contents[_FILES[1]], json.loads(contents[_FILES[2]]))
+    return None
+
+
+def newest_step(run: Location) -> int:
+    """The step of the newest committed checkpoint by the index alone; 0 if there is none."""
+    return max(_committed(run), default=0)
+
+
+def claim(run: Location, config: Config) -> None:
+    """Write the config into the run's folder, or check that it is the one there.
+
+    Raises SettingsError, naming the fields, if the folder belongs to another config.
+    """
+    place = run / "config.json"
+    if not exists(place):
+        write_bytes(place, (json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n").encode())
+        return
+    there = from_dict(Config, json.loads(read_bytes(place)), str(place))
+    if changed := differing_fields(there, config):
+        raise SettingsError(
+            f"run {run} was started with other settings: {', '.join(changed)}",
+            fix="Use the settings it was started with, or --fresh for a run of its own.",
+        )
+
+
+def leave_failure(run: Location, error: FlamError) -> None:
+    """Leave an error in the run's folder for the driver to raise."""
+    write_bytes(run / "failure.json", canonical_json([type(error).__name__, error.what, error.fix]).encode())
+
+
+def failure(run: Location) -> FlamError | None:
+    """The error that a worker left, if any."""
+    if not exists(run / "failure.json"):
+        return None
+    kind, what, fix = json.loads(read_bytes(run / "failure.json"))
+    kinds = {one.__name__: one for one in (DataError, EnvironmentFault, SettingsError, TrainingFailed)}
+    return kinds.get(kind, TrainingFailed)(what, fix=fix)
+
+
+def clear_failure(run: Location) -> None:
+    """Forget the error of an earlier attempt."""
+    if exists(run / "failure.json"):
+        run.fs.delete_file((run / "failure.json").path)
+
+
+def _committed(run: Location) -> list[int]:
+    index = run / "checkpoints" / "index.json"
+    return sorted(json.loads(read_bytes(index))) if exists(index) else []
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"

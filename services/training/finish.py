@@ -1,0 +1,143 @@
+"""What follows training: evaluation on held-out episodes, the report, the model's folder, the registered version."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from flam_core.config import EvaluationConfig
+from flam_core.data.manifest import Manifest
+from flam_core.errors import TrainingFailed
+from flam_core.evaluation.evaluate import Evaluation, evaluate
+from flam_core.evaluation.held_out import held_out_clips
+from flam_core.evaluation.report import write_report
+from flam_core.model import Flam
+from flam_core.saved_model import save_model, weights_from_bytes
+from services.registry import register
+from services.storage import Location, write_bytes
+from services.tracking import RunInfo, TrackedRun
+from services.training import checkpoints
+
+if TYPE_CHECKING:
+    from services.training.launch import Prepared
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `finish` left."""
+
+    outputs: Path
+    metrics: dict[str, float]
+    model_address: str | None
+
+
+def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
+    """Evaluate the run's newest checkpoint, write `outputs` and register the model. Doing it again changes nothing.
+
+    Raises TrainingFailed if there is no checkpoint, and what evaluation and registry raise.
+    """
+    config = prepared.config
+    saved = checkpoints.newest(prepared.run)
+    if saved is None:
+        raise TrainingFailed(f"run {prepared.run} has no checkpoint", fix="Run the same command again.")
+    device = torch.device("cuda" if prepared.settings.gpu and torch.cuda.is_available() else "cpu")
+    model = Flam(config.tokenizer, config.model)
+    weights_from_bytes(model, saved.model)
+    model.to(device).eval()
+    measured = evaluate_on(model, prepared.manifest, prepared.data, config.evaluation, config.seed)
+    info = {
+        "run": prepared.run_id,
+        "recipe": config.recipe,
+        "data set": f"{prepared.manifest.name} ({prepared.manifest.source})",
+        "episodes": ", ".join(f"{k} {v}" for k, v in prepared.manifest.episodes.items()),
+        "steps": f"{config.tokenizer_stage.steps} tokenizer + {config.flam_stage.steps} FLAM",
+        "weights": f"{_count(model.tokenizer)} tokenizer + {_count(model.dynamics)} FLAM",
+        "factors": str(config.model.factors),
+        "latent action": f"{config.model.latent}, {config.model.action_dim} per factor",
+        "seed": str(config.seed),
+    }
+    write_report(outputs, measured.rollouts, measured.metrics, info, measured.notes)
+    save_model(model.cpu(), outputs / "model", _card(prepared, measured))
+    _point_latest(outputs)
+    if not prepared.run.local:
+        for file in sorted(outputs.rglob("*")):
+            if file.is_file():
+                write_bytes(prepared.run / str(file.relative_to(outputs)), file.read_bytes())
+    tracked = TrackedRun(tracking)
+    tracked.summary(measured.metrics)
+    tracked.artifacts(outputs, "report")
+    address = None
+    if prepared.settings.register:
+        name = f"flam-{prepared.manifest.name}"
+        tags = {
+            "config_sha256": config.sha256(),
+            "manifest_sha256": prepared.manifest.sha256,
+            "sample_digest": saved.meta["digest"],
+            **{key.replace("@", "_at_"): f"{measured.metrics[key]:.4f}" for key in _TAGGED if key in measured.metrics},
+        }
+        example = np.zeros((1, 2, *prepared.manifest.frame_size, 3), dtype=np.uint8)
+        address = f"models:/{name}/{register(tracking, name, outputs / 'model', example, tags)}"
+    return Finished(outputs, measured.metrics, address)
+
+
+_TAGGED = ("rollout/psnr@1", "rollout/psnr@10", "copy/psnr@1", "copy/psnr@10", "dci/d", "dci/c", "dci/i")
+
+
+def evaluate_on(
+    model: Flam, manifest: Manifest, data: Location, config: EvaluationConfig, seed: int, split: str = "test"
+) -> Evaluation:
+    """Evaluate a model on the held-out episodes of a data set. Raises DataError if none is long enough."""
+    frames = config.context + config.horizon
+    clips = held_out_clips(manifest, data.fs, data.path, split, frames, max(config.clips, config.probe_clips))
+    probes = held_out_clips(manifest, data.fs, data.path, "train", frames, config.probe_clips)
+    return evaluate(model, clips, probes, clips, config, seed)
+
+
+def _point_latest(outputs: Path) -> None:
+    """Make `outputs/latest` point at this run, without a moment in which it points nowhere."""
+    link = outputs.parent / "latest"
+    fresh = outputs.parent / f".latest-{outputs.name}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(outputs.name)
+    fresh.replace(link)
+
+
+def _count(module: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
+
+
+def _card(prepared: Prepared, measured: Evaluation) -> str:
+    """The model card: what it is, from what, how good, how to use it."""
+    config, manifest = prepared.config, prepared.manifest
+    rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in sorted(measured.metrics.items()))
+    return f"""# flam-{manifest.name}
+
+A factored latent action world model (FLAM) with {config.model.factors} factors and {config.model.latent} latent actions,
+trained without action labels by the run `{prepared.run_id}`.
+
+- Data: {manifest.name}: {manifest.source}; licence {manifest.licence}; {manifest.frames} frames of
+  {manifest.frame_size[0]}x{manifest.frame_size[1]}; manifest sha256 `{manifest.sha256}`
+- Settings: recipe `{config.recipe}`, config sha256 `{config.sha256()}`, seed {config.seed}
+
+```python
+import flam_core
+model = flam_core.load("models:/flam-{manifest.name}@candidate")
+```
+
+Measured on held-out episodes (docs/metrics.md says what each number means):
+
+| metric | value |
+|---|---|
+{rows}
+
+The settings in full:
+
+```json
+{json.dumps({"tokenizer": config.tokenizer.__dict__, "model": config.model.__dict__}, indent=2)}
+```
+"""

@@ -1,0 +1,289 @@
+"""The driver of a run: identity, cluster, Ray Train, evaluation, registry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.train
+from ray.data import DataContext, ExecutionOptions, ExecutionResources
+from ray.train.torch import TorchTrainer
+
+from flam_core.config import Config, canonical_json, to_dict
+from flam_core.data.manifest import Manifest, read_manifest
+from flam_core.data.shard import verify_shard
+from flam_core.errors import EnvironmentFault, SettingsError, TrainingFailed
+from services.feed import FeedPlan, StagePlan, make_dataset
+from services.storage import Location, resolve
+from services.tracking import RunInfo, TrackedRun, default_tracking_uri, open_run
+from services.training import checkpoints
+from services.training.finish import Finished, finish
+from services.training.worker import WorkerJob, train_worker
+
+_TASK_CPUS = 0.5
+_OBJECT_STORE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Where and on what a run runs. Nothing here changes what is learnt."""
+
+    data: str = "data/grid"
+    """The data set: a folder or s3://bucket/prefix."""
+    storage: str = "outputs"
+    """Where the run keeps config and checkpoints: a folder or s3://bucket/prefix."""
+    tracking: str | None = None
+    """MLflow's address; default MLFLOW_TRACKING_URI, else an SQLite file beside the outputs."""
+    experiment: str = "flam"
+    """MLflow experiment."""
+    workers: int = 1
+    """Ray Train workers (data-parallel ranks)."""
+    worker_cpus: float = 1.0
+    """Logical CPUs of each worker. Ray Data needs some beside them."""
+    threads: int = 0
+    """PyTorch threads of each worker; 0: all cores of the machine, shared out among the workers."""
+    gpu: bool = False
+    """One GPU for each worker."""
+    address: str | None = None
+    """Ray cluster; default RAY_ADDRESS, else a local Ray is started and stopped."""
+    fresh: bool = False
+    """Start another run even if one with the same inputs exists."""
+    verify: bool = True
+    """Check every shard's sha256 before training."""
+    register: bool = True
+    """Register the model in MLflow."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise SettingsError(f"workers = {self.workers}", fix="Use 1 or more.")
+        if self.worker_cpus <= 0:
+            raise SettingsError(f"worker_cpus = {self.worker_cpus}", fix="Use a number above 0.")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left."""
+
+    run_id: str
+    run: Location
+    outputs: Path
+    metrics: dict[str, float]
+    model_address: str | None
+    """`models:/flam-<dataset>/<version>`, or None without registering."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can be started: settings and data fit, nothing is running yet."""
+
+    config: Config
+    settings: TrainSettings
+    manifest: Manifest
+    data: Location
+    run: Location
+    run_id: str
+    plan: FeedPlan
+
+
+def home() -> Path:
+    """The folder that relative default places are in: FLAM_HOME, else the current one."""
+    return Path(os.environ.get("FLAM_HOME", ".")).absolute()
+
+
+def prepare(config: Config, settings: TrainSettings) -> Prepared:
+    """Check settings against data and storage. Raises FlamError with the reason if they do not fit."""
+    data = resolve(_at_home(settings.data))
+    manifest = read_manifest(data.fs, data.path)
+    height, width = manifest.frame_size
+    if (height, width) != (config.tokenizer.frame_size,) * 2:
+        raise SettingsError(
+            f"data set {data} has frames of {height}x{width}, tokenizer.frame_size is {config.tokenizer.frame_size}",
+            fix=f"Set --tokenizer.frame_size {height}, or ingest with --size {config.tokenizer.frame_size}.",
+        )
+    stages = tuple(
+        StagePlan(stage.steps, stage.batch_clips, stage.clip_frames)
+        for stage in (config.tokenizer_stage, config.flam_stage)
+    )
+    plan = FeedPlan(data, manifest, stages, config.seed, settings.workers)
+    plan.orders()
+    if settings.verify:
+        for shard in manifest.shards:
+            verify_shard(data.fs, data.path, shard)
+    storage = resolve(_at_home(settings.storage))
+    run_id = _run_id(config, manifest, storage, settings.fresh)
+    return Prepared(config, settings, manifest, data, storage / run_id, run_id, plan)
+
+
+def train(prepared: Prepared) -> RunResult:
+    """Run both stages, evaluate, register. Running it again resumes, or finishes what is left to do.
+
+    Raises TrainingFailed if the workers failed, EnvironmentFault for anything outside that is missing.
+    """
+    config, settings = prepared.config, prepared.settings
+    checkpoints.claim(prepared.run, config)
+    tracking = open_run(
+        settings.tracking or default_tracking_uri(home()),
+        settings.experiment,
+        prepared.run_id,
+        params=_flat(to_dict(config)),
+        tags={
+            "recipe": config.recipe,
+            "dataset": prepared.manifest.name,
+            "data": prepared.data.uri,
+            "manifest_sha256": prepared.manifest.sha256,
+            "config_sha256": config.sha256(),
+            "git_commit": git_commit(),
+            "run_folder": prepared.run.uri,
+        },
+    )
+    status = "FAILED"
+    try:
+        started = _connect(settings)
+        try:
+            _fit(prepared, tracking)
+            done = _finish(prepared, tracking)
+        finally:
+            if started:
+                ray.shutdown()
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        TrackedRun(tracking).finish(status)
+    return RunResult(prepared.run_id, prepared.run, done.outputs, done.metrics, done.model_address)
+
+
+def _fit(prepared: Prepared, tracking: RunInfo) -> None:
+    settings, plan = prepared.settings, prepared.plan
+    if checkpoints.newest_step(prepared.run) >= plan.total_steps:
+        print(f"run {prepared.run_id} is trained already: step {plan.total_steps}", flush=True)
+        return
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if settings.workers * settings.worker_cpus + _TASK_CPUS > cpus:
+        raise EnvironmentFault(
+            f"{settings.workers} workers of {settings.worker_cpus:g} CPUs leave Ray Data less than {_TASK_CPUS} of the "
+            f"cluster's {cpus:g} CPUs: the run would wait for ever",
+            fix="Lower --workers or --worker_cpus (they are logical: 0.5 is fine), or add CPUs.",
+        )
+    if settings.gpu and ray.cluster_resources().get("GPU", 0) < settings.workers:
+        raise EnvironmentFault(
+            f"{settings.workers} GPUs asked for, the cluster has {ray.cluster_resources().get('GPU', 0):g}",
+            fix="Lower --workers, leave out --gpu, or add GPUs.",
+        )
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.workers)
+    job = WorkerJob(prepared.config, plan, prepared.run, tracking, threads)
+    options = ExecutionOptions(
+        preserve_order=True,
+        resource_limits=ExecutionResources(cpu=max(_TASK_CPUS, cpus - settings.workers * settings.worker_cpus)),
+    )
+
+    def dataset() -> ray.data.Dataset:
+        # Train calls this whenever it starts a group of workers, so a restarted group begins at the newest commit.
+        DataContext.get_current().enable_progress_bars = False
+        return make_dataset(plan, checkpoints.newest_step(prepared.run), task_cpus=_TASK_CPUS)
+
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        datasets={"train": dataset},
+        dataset_config=ray.train.DataConfig(execution_options=options),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.gpu,
+            resources_per_worker={"CPU": settings.worker_cpus, **({"GPU": 1} if settings.gpu else {})},
+        ),
+        # Ray Train's own files are of this attempt only; what must last lies in the run's folder.
+        run_config=ray.train.RunConfig(
+            name=f"{prepared.run_id}-{int(time.time())}",
+            storage_path=str(Path("/tmp/ray/flam-train")),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+        ),
+    )
+    checkpoints.clear_failure(prepared.run)
+    try:
+        trainer.fit()
+    except Exception as error:
+        # Whatever Ray wraps it in, the cause is what people need.
+        raise checkpoints.failure(prepared.run) or _failed(error) from error
+    if left := checkpoints.failure(prepared.run):
+        raise left
+
+
+def _failed(error: BaseException) -> TrainingFailed:
+    """What Ray Train says, cut down to the last line of the first failed worker's traceback."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    lines = str(failures[0] if failures else error).strip().splitlines() or [type(error).__name__]
+    return TrainingFailed(
+        f"training failed: {lines[-1].strip()}",
+        fix="--debug shows where. Committed steps are kept: the same command resumes.",
+    )
+
+
+def _finish(prepared: Prepared, tracking: RunInfo) -> Finished:
+    """Evaluation and registration, where the accelerator is: as a Ray task."""
+    task = ray.remote(num_cpus=1, num_gpus=1 if prepared.settings.gpu else 0, max_retries=0)(finish)
+    return ray.get(task.remote(prepared, tracking, home() / "outputs" / prepared.run_id))
+
+
+def _connect(settings: TrainSettings) -> bool:
+    """Join the cluster, or start a local Ray; whether this process started it."""
+    if ray.is_initialized():
+        return False
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    common = {"logging_level": "WARNING", "log_to_driver": True}
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a worker appears twice
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            cpus = max(os.cpu_count() or 1, int(settings.workers * settings.worker_cpus) + 2)
+            ray.init(
+                num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, **common
+            )  # logical CPUs
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EnvironmentFault(
+            f"no Ray cluster at {address}: {str(error).splitlines()[0]}", fix="Check --address or RAY_ADDRESS."
+        ) from error
+    return True
+
+
+def _run_id(config: Config, manifest: Manifest, storage: Location, fresh: bool) -> str:
+    content = canonical_json([to_dict(config), manifest.sha256, config.seed])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    run_id = f"{config.recipe}-{digest}"
+    if not fresh:
+        return run_id
+    return f"{run_id}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _at_home(address: str) -> str:
+    return address if "://" in address else str(home() / Path(address).expanduser())
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def git_commit() -> str:
+    """The commit of the code, or "unknown" outside a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
