@@ -1,11 +1,11 @@
 """FLAM: factored latent action world models.
 
-    import flam_core
-    model = flam_core.load("models:/flam-grid/1")     # or a folder
-    z = model.encode(frames)                          # uint8 [B, T, H, W, 3]
-    slots, masks = model.slots(z)
-    actions = model.infer_actions(slots)
-    future = model.rollout(frames[:, :1], actions)    # [B, T - 1, H, W, 3] in [0, 1]
+import flam_core
+model = flam_core.load("models:/flam-grid/1")     # or a folder
+z = model.encode(frames)                          # uint8 [B, T, H, W, 3]
+slots, masks = model.slots(z)
+actions = model.infer_actions(slots)
+future = model.rollout(frames[:, :1], actions)    # [B, T - 1, H, W, 3] in [0, 1]
 """
 
 from __future__ import annotations

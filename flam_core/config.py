@@ -30,6 +30,9 @@ class TokenizerConfig:
     """Channels of a patch feature z."""
     fsq_levels: tuple[int, ...] = (4, 4, 4, 4, 4)
     """Levels of each quantised dimension; their product is the number of codes."""
+    whitening: float | None = None
+    """Bring all directions of feature space to like variance, with this share of the mean variance as a floor. Without
+    it (None, the paper's form) the brightest entity dominates loss and attention, and the others do not bind."""
 
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1:
@@ -39,6 +42,8 @@ class TokenizerConfig:
                 f"tokenizer.frame_size {self.frame_size} is not a multiple of the stride {self.stride}",
                 fix="Choose another frame size, or fewer tokenizer.channels (each halves the frame).",
             )
+        if self.whitening is not None and self.whitening <= 0:
+            raise SettingsError(f"tokenizer.whitening = {self.whitening}", fix="Use a share above 0, such as 0.01.")
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise SettingsError(f"tokenizer.fsq_levels = {self.fsq_levels}", fix="Each needs at least 2 levels.")
 

@@ -33,7 +33,9 @@ def weights_from_bytes(model: nn.Module, content: bytes) -> None:
         own = _weights(model)
         if set(loaded) != set(own):
             odd = sorted(set(loaded) ^ set(own))
-            raise DataError(f"weights do not fit the model: {', '.join(odd[:3])} differ", fix="Another version of flam?")
+            raise DataError(
+                f"weights do not fit the model: {', '.join(odd[:3])} differ", fix="Another version of flam?"
+            )
         model.load_state_dict(loaded, strict=False)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise DataError(f"weights cannot be read: {str(error).splitlines()[0]}", fix="Is the file whole?") from error

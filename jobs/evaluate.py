@@ -1,7 +1,7 @@
 """Evaluate a model on the held-out episodes of a data set and write its report.
 
-    python jobs/evaluate.py --model models:/flam-grid/1 --data data/grid --out outputs/check
-    python jobs/evaluate.py --model outputs/latest --data data/grid --evaluation.rollout frames
+python jobs/evaluate.py --model models:/flam-grid/1 --data data/grid --out outputs/check
+python jobs/evaluate.py --model outputs/latest --data data/grid --evaluation.rollout frames
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def main(arguments: Arguments) -> None:
     measured = evaluate_on(model, manifest, data, arguments.evaluation, arguments.seed, arguments.split)
     info = {"model": arguments.model, "data set": manifest.name, "split": arguments.split, "seed": str(arguments.seed)}
     report = write_report(arguments.out, measured.rollouts, measured.metrics, info, measured.notes)
-    rows = {key: f"{value:.3f}" for key, value in sorted(measured.metrics.items()) if key.endswith(("@1", "@10", "/d", "/c", "/i"))}
+    rows = {
+        key: f"{value:.3f}"
+        for key, value in sorted(measured.metrics.items())
+        if key.endswith(("@1", "@10", "/d", "/c", "/i"))
+    }
     table("evaluation", rows | {"report": str(report)})
 
 

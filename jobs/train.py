@@ -48,8 +48,12 @@ def main(arguments: Arguments) -> None:
 def show(result: RunResult) -> None:
     """The final table: what was learnt and where everything is."""
     keys = ("psnr@1", "psnr@10")
-    rows = {f"{kind} {key}": f"{result.metrics[f'{kind}/{key}']:.2f} dB" for key in keys
-            for kind in ("rollout", "copy", "shuffled") if f"{kind}/{key}" in result.metrics}
+    rows = {
+        f"{kind} {key}": f"{result.metrics[f'{kind}/{key}']:.2f} dB"
+        for key in keys
+        for kind in ("rollout", "copy", "shuffled")
+        if f"{kind}/{key}" in result.metrics
+    }
     rows["ceiling psnr"] = f"{result.metrics['ceiling/psnr']:.2f} dB"
     rows |= {f"DCI {k.upper()}": f"{result.metrics[f'dci/{k}']:.3f}" for k in "dci" if f"dci/{k}" in result.metrics}
     rows["report"] = str(result.outputs / "report.html")

@@ -22,7 +22,9 @@ def beta_at(config: LossConfig, progress: float) -> float:
     return config.beta * min(1.0, (progress - start) / max(end - start, 1e-9))
 
 
-def flam_loss(dynamics: torch.nn.Module, z: Tensor, config: LossConfig, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+def flam_loss(
+    dynamics: torch.nn.Module, z: Tensor, config: LossConfig, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The stage-2 loss of features z [B, T, P, C] and its meters (flam-spec: loss).
 
     Mean squared error of the predicted features, one step ahead and, if asked for, `rollout_steps` ahead in slot

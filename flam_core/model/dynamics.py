@@ -63,9 +63,7 @@ class ForwardDynamics(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
-        self.action = nn.Sequential(
-            nn.Linear(config.action_dim, width), nn.GELU(), nn.Linear(width, width)
-        )
+        self.action = nn.Sequential(nn.Linear(config.action_dim, width), nn.GELU(), nn.Linear(width, width))
         self.context = nn.ModuleList(SpatialBlock(width, config.heads) for _ in range(config.blocks))
         self.mix = FeedForward(2 * width, 2 * width)
         self.join = nn.Linear(2 * width, width)

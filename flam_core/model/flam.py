@@ -43,9 +43,7 @@ class Dynamics(nn.Module):
         self.forward_dynamics = ForwardDynamics(config)
         self.aggregator = Aggregator(config, tokenizer.feature_dim, self.factorizer.position)
 
-    def forward(
-        self, z_btpc: Tensor, rollout_steps: int = 0, bridge: bool = False
-    ) -> tuple[Prediction, Tensor | None]:
+    def forward(self, z_btpc: Tensor, rollout_steps: int = 0, bridge: bool = False) -> tuple[Prediction, Tensor | None]:
         """Predict each frame's features from those before it and the inferred actions.
 
         With `rollout_steps` also returns the features [B, rollout_steps, P, C] of the last frames, rolled out in slot

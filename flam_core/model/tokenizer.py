@@ -74,8 +74,8 @@ class Decoder(nn.Module):
 class Tokenizer(nn.Module):
     """Encoder, FSQ and decoder.
 
-    FLAM works on features z *before* quantisation, standardised by `mean` and `deviation`, which `calibrate` sets at
-    the end of stage 1, so that the stage-2 loss has the same scale whatever the tokenizer.
+    FLAM works on features z *before* quantisation, which `standardise` brings to a common scale at the end of stage 1,
+    so that the stage-2 loss has the same scale whatever the tokenizer.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -86,10 +86,12 @@ class Tokenizer(nn.Module):
         self.fsq = FSQ(config.fsq_levels)
         self.decoder = Decoder(config)
         self.register_buffer("mean", torch.zeros(config.feature_dim))
-        self.register_buffer("deviation", torch.ones(config.feature_dim))
+        self.register_buffer("whiten", torch.eye(config.feature_dim))
+        self.register_buffer("unwhiten", torch.eye(config.feature_dim))
 
     mean: Tensor
-    deviation: Tensor
+    whiten: Tensor
+    unwhiten: Tensor
 
     def forward(self, frames: Tensor) -> Tensor:
         """Reconstruction [N, 3, H, W] in [0, 1] of frames [N, 3, H, W] in [0, 1]: what stage 1 trains."""
@@ -101,19 +103,19 @@ class Tokenizer(nn.Module):
         x = rearrange(frames_u8.reshape(-1, *frames_u8.shape[-3:]), "n h w c -> n c h w")
         z = self.encoder(x.to(self.mean.dtype).div(127.5).sub(1))
         z = rearrange(z, "n c h w -> n (h w) c").reshape(*shape, self.config.patches, self.config.feature_dim)
-        return (z - self.mean) / self.deviation
+        with torch.autocast(z.device.type, enabled=False):  # small differences of large numbers: not in bf16
+            return (z.to(self.mean.dtype) - self.mean) @ self.whiten
 
     def decode(self, z: Tensor) -> Tensor:
         """Frames float [..., H, W, 3] in [0, 1] of standardised features [..., P, C], which are quantised first."""
         shape = z.shape[:-2]
-        features = (z * self.deviation + self.mean).reshape(-1, *z.shape[-2:])
+        features = self._raw(z).reshape(-1, *z.shape[-2:])
         frames = self._from_features(rearrange(features, "n (h w) c -> n c h w", h=self.config.grid))
         return rearrange(frames, "n c h w -> n h w c").reshape(*shape, *frames.shape[-2:], 3)
 
     def codes(self, z: Tensor) -> Tensor:
         """Code numbers int64 [..., P] of standardised features [..., P, C]."""
-        features = z * self.deviation + self.mean
-        return self.fsq.indices(F.linear(features, self.to_codes.weight.flatten(1), self.to_codes.bias))
+        return self.fsq.indices(F.linear(self._raw(z), self.to_codes.weight.flatten(1), self.to_codes.bias))
 
     def _from_features(self, features: Tensor) -> Tensor:
         codes = self.fsq(rearrange(self.to_codes(features), "n l h w -> n h w l"))
@@ -121,21 +123,35 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def moments(self, frames_u8: Tensor) -> Tensor:
-        """Count, sum and sum of squares of each feature channel, float64 [3, C], over uint8 frames [..., H, W, 3].
+        """Count, sum and second moments of the raw features, float64 [2 + C, C], over uint8 frames [..., H, W, 3].
 
         Moments of several samples add up, also across ranks.
         """
-        z = self.encode(frames_u8).double() * self.deviation + self.mean
-        z = z.flatten(0, -2)
-        return torch.stack([torch.full_like(z[0], len(z)), z.sum(dim=0), z.pow(2).sum(dim=0)])
+        z = self._raw(self.encode(frames_u8).double()).flatten(0, -2)
+        return torch.cat([torch.full_like(z[:1], len(z)), z.sum(dim=0, keepdim=True), z.T @ z])
 
     @torch.no_grad()
     def standardise(self, moments: Tensor) -> None:
-        """Set `mean` and `deviation` from `moments`.
+        """Set the standardisation from `moments`, so that features have mean 0 and, on average, variance 1.
 
-        One deviation serves all channels: scaling each to 1 would blow up the noise of channels that say little.
+        With `config.whitening` set, directions in feature space are brought to like variance, up to a floor of that
+        share of the mean variance, below which there is mostly noise. Without, one deviation serves all channels.
         """
-        count, total, squares = moments
+        count, total, second = moments[0, 0], moments[1], moments[2:]
         mean = total / count
+        covariance = second / count - mean[:, None] * mean[None]
+        size = covariance.diagonal().mean().clamp_min(1e-12)
+        if self.config.whitening is None:
+            forth = torch.eye(len(mean), dtype=moments.dtype, device=moments.device) / size.sqrt()
+        else:
+            variances, directions = torch.linalg.eigh(covariance)
+            scales = (variances.clamp_min(0) + self.config.whitening * size).rsqrt()
+            scales = scales / (scales.pow(2) * variances.clamp_min(0)).mean().sqrt()
+            forth = directions @ scales.diag() @ directions.T
         self.mean.copy_(mean)
-        self.deviation.fill_((squares / count - mean.pow(2)).mean().clamp_min(1e-12).sqrt())
+        self.whiten.copy_(forth)
+        self.unwhiten.copy_(torch.linalg.inv(forth))
+
+    def _raw(self, z: Tensor) -> Tensor:
+        """The encoder's own features of standardised ones."""
+        return z @ self.unwhiten.to(z.dtype) + self.mean.to(z.dtype)

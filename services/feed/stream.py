@@ -60,7 +60,7 @@ def steps_of(shard: ray.data.DataIterator, rank: int, start: int) -> Iterator[St
     Order is checked against the plan, never assumed. Raises TrainingFailed if a batch is not the one that is due.
     """
     due = start
-    for block in _unwrapped(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)):
+    for block in _unwrapped(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)):  # pyright: ignore[reportArgumentType] - None is documented
         for i in range(len(block)):
             step, owner = block["step"][i].as_py(), block["rank"][i].as_py()
             if (step, owner) != (due, rank):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import torch
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 import flam_core
 from flam_core.model import Flam
@@ -27,7 +27,9 @@ class FlamPyfunc(PythonModel):
         """Read the weights that lie beside this file in the registered model."""
         self.model = flam_core.load(Path(context.artifacts["flam"]))
 
-    def predict(self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub says None
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
         """See the module's docstring."""
         frames = torch.from_numpy(np.ascontiguousarray(model_input))
         actions = self.model.infer_actions(self.model.slots(self.model.encode(frames))[0])
@@ -35,4 +37,4 @@ class FlamPyfunc(PythonModel):
         return predicted.clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
 
 
-mlflow.models.set_model(FlamPyfunc())
+set_model(FlamPyfunc())

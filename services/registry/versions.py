@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -87,7 +88,7 @@ def download(address: str) -> Path:
         client = mlflow.MlflowClient(tracking)
         name, version = _parse(client, address)
         source = client.get_model_version_download_uri(name, version)
-        path = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracking))
+        path = Path(download_artifacts(source, dst_path=str(folder), tracking_uri=tracking))
     except MlflowException as error:
         raise DataError(
             f"no model at {address} in MLflow at {tracking}: {str(error).splitlines()[0]}",

@@ -47,7 +47,9 @@ def default_tracking_uri(home: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
 
 
-def open_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> RunInfo:
+def open_run(
+    tracking_uri: str, experiment: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]
+) -> RunInfo:
     """Create the MLflow run of the flam run `name`, or reopen it.
 
     Raises EnvironmentFault if MLflow does not answer there.
@@ -56,7 +58,7 @@ def open_run(tracking_uri: str, experiment: str, name: str, params: Mapping[str,
     try:
         client = mlflow.MlflowClient(tracking_uri)
         found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment, **_artifacts(tracking_uri))
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifacts(tracking_uri))
         runs = client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{name}'", max_results=1)
         if runs:
             run = runs[0]
@@ -138,7 +140,8 @@ def check_server(tracking_uri: str) -> None:
         return
     if parts.scheme not in ("http", "https"):
         raise SettingsError(
-            f"tracking address {tracking_uri} is not one flam can use", fix="Give http(s)://host:port or sqlite:///file."
+            f"tracking address {tracking_uri} is not one flam can use",
+            fix="Give http(s)://host:port or sqlite:///file.",
         )
     try:
         answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=10)
@@ -153,11 +156,11 @@ def check_server(tracking_uri: str) -> None:
         )
 
 
-def _artifacts(tracking_uri: str) -> dict[str, str]:
+def _artifacts(tracking_uri: str) -> str | None:
     """Where artifacts go: a server decides for itself; beside an SQLite file lies a folder."""
     if not tracking_uri.startswith("sqlite:///"):
-        return {}
-    return {"artifact_location": str(Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")}
+        return None
+    return str(Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
 
 
 def _first_line(error: BaseException) -> str:

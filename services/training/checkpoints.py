@@ -1,7 +1,7 @@
 """Committed checkpoints in a run's folder or bucket.
 
-A checkpoint is a folder `checkpoints/step-<8 digits>/` with `model.safetensors`, `optimizer.pt`, `meta.json` and, written
-last, `COMMIT`, which holds the sha256 of each file. Without a COMMIT that fits, a folder is no checkpoint.
+A checkpoint is a folder `checkpoints/step-<8 digits>/` with `model.safetensors`, `optimizer.pt`, `meta.json` and,
+written last, `COMMIT`, which holds the sha256 of each file. Without a COMMIT that fits, a folder is no checkpoint.
 `checkpoints/index.json` names the committed ones, so that nothing has to list a bucket.
 """
 

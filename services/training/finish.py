@@ -117,8 +117,8 @@ def _card(prepared: Prepared, measured: Evaluation) -> str:
     rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in sorted(measured.metrics.items()))
     return f"""# flam-{manifest.name}
 
-A factored latent action world model (FLAM) with {config.model.factors} factors and {config.model.latent} latent actions,
-trained without action labels by the run `{prepared.run_id}`.
+A factored latent action world model (FLAM) with {config.model.factors} factors and {config.model.latent} latent
+actions, trained without action labels by the run `{prepared.run_id}`.
 
 - Data: {manifest.name}: {manifest.source}; licence {manifest.licence}; {manifest.frames} frames of
   {manifest.frame_size[0]}x{manifest.frame_size[1]}; manifest sha256 `{manifest.sha256}`

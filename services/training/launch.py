@@ -186,7 +186,9 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
 
     def dataset() -> ray.data.Dataset:
         # Train calls this whenever it starts a group of workers, so a restarted group begins at the newest commit.
-        DataContext.get_current().enable_progress_bars = False
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
         return make_dataset(plan, checkpoints.newest_step(prepared.run), task_cpus=_TASK_CPUS)
 
     trainer = TorchTrainer(
@@ -203,6 +205,7 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
         run_config=ray.train.RunConfig(
             name=f"{prepared.run_id}-{int(time.time())}",
             storage_path=str(Path("/tmp/ray/flam-train")),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     )
@@ -245,9 +248,7 @@ def _connect(settings: TrainSettings) -> bool:
             ray.init(address=address, **common)
         else:
             cpus = max(os.cpu_count() or 1, int(settings.workers * settings.worker_cpus) + 2)
-            ray.init(
-                num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, **common
-            )  # logical CPUs
+            ray.init(num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, **common)  # logical CPUs
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(
             f"no Ray cluster at {address}: {str(error).splitlines()[0]}", fix="Check --address or RAY_ADDRESS."

@@ -34,8 +34,9 @@ class WorkerJob:
 def train_worker(settings: dict[str, WorkerJob]) -> None:
     """The train function of Ray Train.
 
-    An error of flam's (broken data, a loss that is not finite) would come again on every retry: it is left in the run's
-    folder for the driver to report, and this and any later attempt end at once. Everything else is Ray Train's to retry.
+    An error of flam's (broken data, a loss that is not finite) would come again on every retry: it is left in the
+    run's folder for the driver to report, and this and any later attempt end at once. Everything else is Ray Train's
+    to retry.
     """
     job = settings["job"]
     if checkpoints.failure(job.run) is not None:
@@ -49,8 +50,10 @@ def train_worker(settings: dict[str, WorkerJob]) -> None:
 
 
 def _run(job: WorkerJob) -> None:
-    """Order on resume: weights, optimiser, step (all from one commit), then the feed from that step on. The sample order
-    and the noise follow from the step."""
+    """Order on resume: weights, optimiser, step (all from one commit), then the feed from that step on.
+
+    The sample order and the noise follow from the step.
+    """
     if job.threads:
         torch.set_num_threads(job.threads)
     context = ray.train.get_context()
@@ -71,6 +74,7 @@ def _run(job: WorkerJob) -> None:
 
 def _train(job: WorkerJob, trainer: Trainer, meters: _Meters, rank: int, device: torch.device) -> None:
     shard = ray.train.get_dataset_shard("train")
+    assert shard is not None, "the trainer is always given a train data set"
     waited_from = time.perf_counter()
     for batch in steps_of(shard, rank, trainer.step):
         # A copy: the block is Ray's shared memory, which PyTorch must not write to and which should be free soon.

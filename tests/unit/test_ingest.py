@@ -84,15 +84,18 @@ def test_a_world_comes_back_with_frames_and_truth(tmp_path: Path) -> None:
     shard = report.manifest.split("train")[0]
     for row in read_row_group(FS, f"{path}/{shard.name}", 0, [*FRAME_COLUMNS[1:3], *TRUTH_COLUMNS]).to_pylist():
         truth, part = decode_truth(row), slice(row["start"], row["start"] + row["frames"])
-        assert truth is not None and truth.rewards is None
+        assert truth is not None
+        assert truth.rewards is None
         np.testing.assert_array_equal(truth.actions, episodes[row["episode"]].actions[part])
         np.testing.assert_array_equal(truth.positions, episodes[row["episode"]].positions[part])
     manifest = report.manifest
     assert (manifest.name, manifest.licence, manifest.fps, manifest.frame_size) == ("grid", "Apache-2.0", 8.0, (32, 32))
-    assert manifest.has_truth and "agents=2" in manifest.source
+    assert manifest.has_truth
+    assert "agents=2" in manifest.source
     assert (report.clips, report.frames, report.dropped_frames, report.bad) == (36, 600, 0, ())
     assert report.bytes == sum((Path(path) / shard.name).stat().st_size for shard in manifest.shards)
-    assert report.seconds > 0 and report.frames_per_second > 0
+    assert report.seconds > 0
+    assert report.frames_per_second > 0
     assert set(files(Path(path))) == {"manifest.json", QUARANTINE_NAME, *(shard.name for shard in manifest.shards)}
     assert json.loads((Path(path) / QUARANTINE_NAME).read_text()) == []
 
@@ -195,9 +198,11 @@ def test_a_folder_of_every_kind_of_video(tmp_path: Path) -> None:
     assert all(frames.shape[1:] == (64, 64, 3) for _, frames in found.values())
     manifest = report.manifest
     assert (manifest.name, manifest.licence, manifest.fps, manifest.has_truth) == ("mixed", "CC0-1.0", 10.0, False)
-    assert sum(manifest.episodes.values()) == len(good) and min(manifest.episodes.values()) > 0
+    assert sum(manifest.episodes.values()) == len(good)
+    assert min(manifest.episodes.values()) > 0
     assert str(tmp_path) not in manifest.to_json().decode()
-    assert told[-1][0] >= report.frames and told[-1][1] is None
+    assert told[-1][0] >= report.frames
+    assert told[-1][1] is None
     again = ingest_folder(
         tmp_path / "videos",
         FS,
@@ -224,7 +229,8 @@ def test_a_long_episode_waits_on_disk_and_names_need_not_be_text(
 def test_mixed_rates_are_told_by_clip(tmp_path: Path) -> None:
     make_video_folder(tmp_path / "videos", bad=False)
     report = ingest_folder(tmp_path / "videos", FS, f"{tmp_path}/set")
-    assert report.bad == () and report.manifest.fps is None
+    assert report.bad == ()
+    assert report.manifest.fps is None
 
 
 @pytest.mark.parametrize("content", [None, "text"])
