@@ -35,6 +35,9 @@ class TokenizerConfig:
     it (None, the paper's form) the brightest entity dominates loss and attention, and the others do not bind."""
 
     def __post_init__(self) -> None:
+        for name in ("frame_size", "unshuffle", "feature_dim"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"tokenizer.{name} = {getattr(self, name)}", fix="It must be at least 1.")
         if not self.channels or min(self.channels) < 1:
             raise SettingsError(f"tokenizer.channels = {self.channels}", fix="Give one positive width a stage.")
         if self.frame_size % self.stride:
@@ -85,6 +88,8 @@ class ModelConfig:
     slot_competition: Literal["slots", "dual"] = "slots"
     """Over what a patch's attention is normalised. "slots": the paper's softmax over slots. "dual": that, times a
     softmax over patches, so that a small entity stands out although nothing else claims the background."""
+    slot_start: Literal["random", "motion"] = "random"
+    """Where the learned starts of the slots begin: anywhere (the paper), or one on each kind of moving patch."""
     slot_focus: float = 1.0
     """Power that a slot's weights over patches are raised to. 1 is the paper's; from 2 on, a slot reads one compact
     thing, so that one slot cannot carry all entities."""
@@ -94,7 +99,7 @@ class ModelConfig:
     aggregator_sharpness: float = 1.0
     """Initial standard deviation of the aggregator's attention logits. A patch must find the slot that moves onto it
     by matching positions; from 1 that takes several times as long as from 3 (docs/devlog.md)."""
-    temporal_window: int = 16
+    temporal_window: int = 10
     """Frames of the past that temporal attention sees. Time is relative, so rollouts may be longer than training."""
     latent: Literal["gaussian", "vq"] = "gaussian"
     """Continuous (reparameterised Gaussian) or discrete (one codebook shared by all slots) latent actions."""
@@ -111,6 +116,9 @@ class ModelConfig:
         for name in ("factors", "width", "heads", "blocks", "iterations", "temporal_window", "latent_width"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"model.{name} = {getattr(self, name)}", fix="It must be at least 1.")
+        for name in ("slot_focus", "slot_sharpness", "aggregator_sharpness"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"model.{name} = {getattr(self, name)}", fix="It must be above 0.")
         if self.width % self.heads:
             raise SettingsError(
                 f"model.width {self.width} is not divisible by model.heads {self.heads}", fix="Change one of them."
@@ -221,6 +229,9 @@ class Config:
     flam_stage: StageConfig
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    slot_hold: float = 0.0
+    """Share of the stage-2 steps for which the factorizer stays as it started, so that the dynamics learn to use a good
+    start (model.slot_start) before it can drift away."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward pass. "auto" is bf16 where the hardware has it, else fp32."""
     seed: int = 0
@@ -229,10 +240,18 @@ class Config:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.slot_hold < 1:
+            raise SettingsError(f"slot_hold = {self.slot_hold}", fix="It is a share of the steps: 0 <= slot_hold < 1.")
         if self.checkpoint_every < 1:
             raise SettingsError(f"checkpoint_every = {self.checkpoint_every}", fix="It must be at least 1.")
         if self.flam_stage.clip_frames < 2:
             raise SettingsError("flam_stage.clip_frames = 1: there is no next frame to predict", fix="Use 2 or more.")
+        if self.model.temporal_window > self.flam_stage.clip_frames:
+            raise SettingsError(
+                f"model.temporal_window {self.model.temporal_window} is longer than flam_stage.clip_frames "
+                f"{self.flam_stage.clip_frames}: what lies so far back would never be trained, and spoil long rollouts",
+                fix="Lower the window or lengthen the clips.",
+            )
         if self.loss.rollout_steps >= self.flam_stage.clip_frames:
             raise SettingsError(
                 f"loss.rollout_steps {self.loss.rollout_steps} do not fit in clips of "
@@ -251,11 +270,12 @@ def canonical_json(value: Any) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A config as plain JSON types. Equal configs give equal dicts: a 2 where a float is meant becomes 2.0."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(from_dict(type(config), plain))))
 
 
-def from_dict(kind: type[ConfigT], values: dict[str, Any], where: str = "config") -> ConfigT:
+def from_dict(kind: type[ConfigT], values: Any, where: str = "config") -> ConfigT:
     """Rebuild a config of type `kind` from `to_dict`'s output.
 
     Raises SettingsError for a field that is unknown, missing or of the wrong type.

@@ -31,8 +31,8 @@ def weights_from_bytes(model: nn.Module, content: bytes) -> None:
     try:
         loaded = safetensors.torch.load(content)
         own = _weights(model)
-        if set(loaded) != set(own):
-            odd = sorted(set(loaded) ^ set(own))
+        shapes, own_shapes = ({k: v.shape for k, v in weights.items()} for weights in (loaded, own))
+        if odd := sorted({name for name, _ in shapes.items() ^ own_shapes.items()}):
             raise DataError(
                 f"weights do not fit the model: {', '.join(odd[:3])} differ", fix="Another version of flam?"
             )
@@ -78,7 +78,7 @@ def load(address: str | Path) -> Flam:
     try:
         config = json.loads((folder / CONFIG).read_text())
         content = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"no model at {address}: {Path(error.filename).name} is missing", fix="Give the folder of a model or run."
         ) from error
@@ -86,9 +86,11 @@ def load(address: str | Path) -> Flam:
         raise DataError(f"{folder / CONFIG} is not JSON: {error}", fix="Is the file whole?") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise DataError(f"{folder / CONFIG} is not of format {_FORMAT}", fix="It was written by another flam.")
-    model = Flam(
-        from_dict(TokenizerConfig, config["tokenizer"], "tokenizer"), from_dict(ModelConfig, config["model"], "model")
-    )
+    try:
+        tokenizer = from_dict(TokenizerConfig, config.get("tokenizer"), "tokenizer")
+        model = Flam(tokenizer, from_dict(ModelConfig, config.get("model"), "model"))
+    except SettingsError as error:
+        raise DataError(f"{folder / CONFIG}: {error.what}", fix=error.fix) from error
     weights_from_bytes(model, content)
     return model.eval()
 

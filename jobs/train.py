@@ -33,8 +33,11 @@ class Arguments:
 
 
 def from_recipe(words: list[str]) -> Arguments:
-    """Take the recipe's name off the front; `tiny` if there is none."""
-    name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
+    """Take the recipe's name off the front; without one it is that of the run to resume, else `tiny`."""
+    if words and not words[0].startswith("-"):
+        name = words.pop(0)
+    else:
+        name = words[words.index("--resume") + 1].split("-")[0] if "--resume" in words[:-1] else "tiny"
     return Arguments(get_recipe(name))
 
 

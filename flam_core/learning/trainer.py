@@ -17,6 +17,7 @@ from flam_core.errors import TrainingFailed
 from flam_core.learning.losses import beta_at, flam_loss, tokenizer_loss
 from flam_core.learning.schedule import autocast_dtype, learning_rate
 from flam_core.model import Flam
+from flam_core.model.warm_start import moving_prototypes
 from flam_core.saved_model import weights_from_bytes, weights_to_bytes
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -64,8 +65,9 @@ class Trainer:
         self.digest = hashlib.sha256((self.digest + "".join(ids)).encode()).hexdigest()
         torch.manual_seed(_mix(self.config.seed, self.step, self.rank))
         rate = learning_rate(stage, local)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        for index, group in enumerate(self._optimizer.param_groups):
+            hold = index == 1 and local < self.config.slot_hold * stage.steps
+            group["lr"] = 0.0 if hold else rate
         self.model.train()
         loss, meters = self._loss(frames_u8, local / stage.steps)
         self._optimizer.zero_grad(set_to_none=True)
@@ -100,25 +102,42 @@ class Trainer:
             return
         if self.stage == 1:
             if self.step == self.config.tokenizer_stage.steps:
-                self._calibrate(frames_u8)
+                self._begin_flam(frames_u8)
             self.model.tokenizer.requires_grad_(False)
         inner = self.model.tokenizer if self.stage == 0 else self.model.dynamics
         self._module = self._wrap(inner)
         stage = self._stage_config()[0]
+        # The factorizer is a group of its own, since it may be held still at first.
+        held = list(self.model.dynamics.factorizer.parameters()) if self.stage == 1 else []
+        names = {id(parameter) for parameter in held}
+        rest = [parameter for parameter in inner.parameters() if id(parameter) not in names]
         self._optimizer = torch.optim.AdamW(
-            inner.parameters(),
+            [{"params": rest}, *([{"params": held}] if held else [])],
             lr=stage.learning_rate,
             weight_decay=stage.weight_decay,
             fused=self.device.type == "cuda",
         )
         self._prepared_stage = self.stage
 
-    def _calibrate(self, frames_u8: Tensor) -> None:
-        """Standardise features by the first global batch of stage 2, the same on every rank and world size."""
-        moments = self.model.tokenizer.moments(frames_u8)
-        if dist.is_available() and dist.is_initialized():
+    def _begin_flam(self, frames_u8: Tensor) -> None:
+        """Standardise features, and place the slots if asked for, by the first global batch of stage 2.
+
+        All ranks see the whole batch, so the outcome is the same on each, whatever their number.
+        """
+        tokenizer = self.model.tokenizer
+        distributed = dist.is_available() and dist.is_initialized()
+        moments = tokenizer.moments(frames_u8)
+        if distributed:
             dist.all_reduce(moments)
-        self.model.tokenizer.standardise(moments)
+        tokenizer.standardise(moments)
+        if self.config.model.slot_start == "motion":
+            z = self.model.encode(frames_u8).contiguous()
+            if distributed:
+                parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+                dist.all_gather(parts, z)
+                z = torch.cat(parts)
+            prototypes = moving_prototypes(z, self.config.model.factors, self.config.seed)
+            self.model.dynamics.factorizer.start_from(prototypes)
 
     def state(self) -> dict[str, bytes | dict[str, Any]]:
         """What a checkpoint holds: `model` and `optimizer` as bytes, `meta` as plain JSON values."""

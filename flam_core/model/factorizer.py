@@ -55,6 +55,19 @@ class Factorizer(nn.Module):
             slots = temporal(slots)
         return slots, masks
 
+    @torch.no_grad()
+    def start_from(self, prototypes: Tensor) -> None:
+        """Set the learned start of slot i such that it attends to patches whose features are like prototype i, [K, C].
+
+        `warm_start.moving_prototypes` finds such prototypes.
+        """
+        x = self.features(prototypes)
+        keys = self.to_key(x + self.inputs(x))
+        # What all have in common does not tell slots apart. The transposed query weights are the matched filter: of all
+        # directions a slot could have, this one gives the largest logit for its key.
+        starts = (keys - keys.mean(dim=0)) @ self.to_query.weight
+        self.initial.copy_(starts / starts.std(dim=-1, keepdim=True))
+
     def _attend(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Weights over patches (sum 1 over P) and masks (sum 1 over K), both [B, T, K, P]."""
         scale = self.log_sharpness.exp() * queries.shape[-1] ** -0.5

@@ -13,6 +13,9 @@ from flam_core.data.order import SampleOrder, Window, rank_slice
 from flam_core.errors import SettingsError
 from services.storage import Location
 
+_CHUNK_BYTES = 16 << 20
+_CHUNK_STEPS = 32
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -34,8 +37,6 @@ class FeedPlan:
     world: int
     """Number of ranks; it divides each stage's batch."""
     split: str = "train"
-    chunk_steps: int = 8
-    """Steps that one read task prepares: enough for the task to reuse the clips it decodes."""
     key: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +47,18 @@ class FeedPlan:
                     fix="Choose a number of workers that divides the batch of both stages.",
                 )
         object.__setattr__(self, "key", (self.manifest.sha256, self.split, self.seed, self.stages))
+
+    @property
+    def chunk_steps(self) -> int:
+        """Steps that one read task prepares for one rank.
+
+        Many, so that a clip is decoded once for several windows and Ray has few tasks to schedule; but not more than
+        makes a block of about 16 MB.
+        """
+        height, width = self.manifest.frame_size
+        largest = max(stage.batch_clips * stage.clip_frames for stage in self.stages)
+        step_bytes = largest // self.world * height * width * 3
+        return max(1, min(_CHUNK_STEPS, _CHUNK_BYTES // max(1, step_bytes)))
 
     @property
     def total_steps(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -53,11 +52,3 @@ def _row(plan: FeedPlan, rank: int, step: int, clips: dict[tuple[str, int, int],
 @lru_cache(maxsize=8)  # encoded row groups of 4-8 MB: what a shuffled block of the sample order needs, kept by the task
 def _row_group(data: Location, shard: str, group: int) -> pa.Table:
     return read_row_group(data.fs, f"{data.path}/{shard}", group)
-
-
-def chunks(plan: FeedPlan, start: int) -> Iterator[tuple[int, range]]:
-    """All (rank, steps) read tasks from global step `start` on, in the order in which ranks take turns."""
-    for first in range(start, plan.total_steps, plan.chunk_steps):
-        steps = range(first, min(first + plan.chunk_steps, plan.total_steps))
-        for rank in range(plan.world):
-            yield rank, steps

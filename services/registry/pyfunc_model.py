@@ -28,10 +28,15 @@ class FlamPyfunc(PythonModel):
         self.model = flam_core.load(Path(context.artifacts["flam"]))
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub says None
-        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+        self,
+        context: PythonModelContext,
+        model_input: np.ndarray | dict[str, np.ndarray],
+        params: dict[str, Any] | None = None,
     ) -> np.ndarray:
         """See the module's docstring."""
-        frames = torch.from_numpy(np.ascontiguousarray(model_input))
+        # MLflow puts the array under the name that the signature gives it.
+        video = model_input["frames"] if isinstance(model_input, dict) else model_input
+        frames = torch.from_numpy(np.ascontiguousarray(video))
         actions = self.model.infer_actions(self.model.slots(self.model.encode(frames))[0])
         predicted = self.model.rollout(frames[:, :1], actions)
         return predicted.clamp(0, 1).mul(255).round().to(torch.uint8).numpy()

@@ -53,7 +53,11 @@ def register(run: RunInfo, name: str, folder: Path, example: np.ndarray, tags: M
             )
         client.set_registered_model_tag(_ensure_model(client, name), "source", "flam")
         version = client.create_model_version(
-            name, info.model_uri, run_id=run.run_id, tags={**tags, "weights_sha256": digest, "flam_run": run.name}
+            name,
+            info.model_uri,
+            run_id=run.run_id,
+            tags={**tags, "weights_sha256": digest, "flam_run": run.name},
+            model_id=info.model_id,  # a server refuses a logged model as source without it
         )
         client.set_registered_model_alias(name, "candidate", version.version)
         return str(version.version)

@@ -28,6 +28,7 @@ _BATCH = 900  # MLflow takes at most 1,000 metrics a call
 # A command line tool of a team's own cluster must not send usage data to third parties.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,11 @@ class TrackedRun:
             ) from error
 
     def summary(self, metrics: Mapping[str, float]) -> None:
-        """Log the final metrics of the run, at step 0, replacing none of the curves."""
+        """Log the final metrics of the run, at step 0, replacing none of the curves; those that are there stay."""
         now = int(time.time() * 1000)
-        batch = [Metric(key.replace("@", "_at_"), value, now, 0) for key, value in metrics.items()]
+        known = self._client.get_run(self.info.run_id).data.metrics
+        named = {key.replace("@", "_at_"): value for key, value in metrics.items()}
+        batch = [Metric(key, value, now, 0) for key, value in named.items() if key not in known]
         for start in range(0, len(batch), _BATCH):
             self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
 

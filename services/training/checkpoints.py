@@ -70,20 +70,33 @@ def newest_step(run: Location) -> int:
     return max(_committed(run), default=0)
 
 
-def claim(run: Location, config: Config) -> None:
-    """Write the config into the run's folder, or check that it is the one there.
+def stored_config(run: Location) -> Config:
+    """The config that a run was started with. Raises DataError if there is no such run."""
+    place = run / "config.json"
+    try:
+        values = json.loads(read_bytes(place))["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place} is not a run's config", fix="Was it edited by hand?") from error
+    return from_dict(Config, values, str(place))
 
-    Raises SettingsError, naming the fields, if the folder belongs to another config.
+
+def claim(run: Location, config: Config, manifest_sha256: str) -> None:
+    """Write config and data set identity into the run's folder, or check that they are the ones there.
+
+    Raises SettingsError, naming the fields, if the folder belongs to another config or data set.
     """
     place = run / "config.json"
     if not exists(place):
-        write_bytes(place, (json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n").encode())
+        content = {"config": to_dict(config), "manifest_sha256": manifest_sha256}
+        write_bytes(place, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
         return
-    there = from_dict(Config, json.loads(read_bytes(place)), str(place))
-    if changed := differing_fields(there, config):
+    changed = differing_fields(stored_config(run), config)
+    if json.loads(read_bytes(place))["manifest_sha256"] != manifest_sha256:
+        changed.append("the data set (its manifest has another sha256)")
+    if changed:
         raise SettingsError(
             f"run {run} was started with other settings: {', '.join(changed)}",
-            fix="Use the settings it was started with, or --fresh for a run of its own.",
+            fix="Use the settings it was started with, or leave out --resume for a run of its own.",
         )
 
 

@@ -15,13 +15,14 @@ import ray.train
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 from ray.train.torch import TorchTrainer
 
-from flam_core.config import Config, canonical_json, to_dict
+from flam_core.config import Config, canonical_json, differing_fields, to_dict
 from flam_core.data.manifest import Manifest, read_manifest
 from flam_core.data.shard import verify_shard
 from flam_core.errors import EnvironmentFault, SettingsError, TrainingFailed
+from flam_core.recipes import get_recipe
 from services.feed import FeedPlan, StagePlan, make_dataset
 from services.storage import Location, resolve
-from services.tracking import RunInfo, TrackedRun, default_tracking_uri, open_run
+from services.tracking import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
 from services.training import checkpoints
 from services.training.finish import Finished, finish
 from services.training.worker import WorkerJob, train_worker
@@ -47,13 +48,16 @@ class TrainSettings:
     worker_cpus: float = 1.0
     """Logical CPUs of each worker. Ray Data needs some beside them."""
     threads: int = 0
-    """PyTorch threads of each worker; 0: all cores of the machine, shared out among the workers."""
+    """PyTorch threads of each worker; 0: the cores of this machine but one, shared out among the
+    workers."""
     gpu: bool = False
     """One GPU for each worker."""
     address: str | None = None
     """Ray cluster; default RAY_ADDRESS, else a local Ray is started and stopped."""
     fresh: bool = False
     """Start another run even if one with the same inputs exists."""
+    resume: str | None = None
+    """Go on with the run of this id, with its own settings. A setting given beside it must be the run's."""
     verify: bool = True
     """Check every shard's sha256 before training."""
     register: bool = True
@@ -98,6 +102,9 @@ def home() -> Path:
 
 def prepare(config: Config, settings: TrainSettings) -> Prepared:
     """Check settings against data and storage. Raises FlamError with the reason if they do not fit."""
+    storage = resolve(_at_home(settings.storage))
+    if settings.resume:
+        config = _resumed_config(config, checkpoints.stored_config(storage / settings.resume), settings.resume)
     data = resolve(_at_home(settings.data))
     manifest = read_manifest(data.fs, data.path)
     height, width = manifest.frame_size
@@ -115,8 +122,7 @@ def prepare(config: Config, settings: TrainSettings) -> Prepared:
     if settings.verify:
         for shard in manifest.shards:
             verify_shard(data.fs, data.path, shard)
-    storage = resolve(_at_home(settings.storage))
-    run_id = _run_id(config, manifest, storage, settings.fresh)
+    run_id = settings.resume or _run_id(config, manifest, settings.fresh)
     return Prepared(config, settings, manifest, data, storage / run_id, run_id, plan)
 
 
@@ -126,10 +132,35 @@ def train(prepared: Prepared) -> RunResult:
     Raises TrainingFailed if the workers failed, EnvironmentFault for anything outside that is missing.
     """
     config, settings = prepared.config, prepared.settings
-    checkpoints.claim(prepared.run, config)
-    tracking = open_run(
-        settings.tracking or default_tracking_uri(home()),
-        settings.experiment,
+    tracking_uri = settings.tracking or default_tracking_uri(home())
+    check_server(tracking_uri)
+    started = _connect(settings)
+    try:
+        _check_resources(settings)
+        # From here on things are written: all that can be found missing beforehand has been.
+        checkpoints.claim(prepared.run, config, prepared.manifest.sha256)
+        tracking = _open_run(prepared, tracking_uri)
+        status = "FAILED"
+        try:
+            _fit(prepared, tracking)
+            done = _finish(prepared, tracking)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            TrackedRun(tracking).finish(status)
+    finally:
+        if started:
+            ray.shutdown()
+    return RunResult(prepared.run_id, prepared.run, done.outputs, done.metrics, done.model_address)
+
+
+def _open_run(prepared: Prepared, tracking_uri: str) -> RunInfo:
+    config = prepared.config
+    return open_run(
+        tracking_uri,
+        prepared.settings.experiment,
         prepared.run_id,
         params=_flat(to_dict(config)),
         tags={
@@ -142,22 +173,6 @@ def train(prepared: Prepared) -> RunResult:
             "run_folder": prepared.run.uri,
         },
     )
-    status = "FAILED"
-    try:
-        started = _connect(settings)
-        try:
-            _fit(prepared, tracking)
-            done = _finish(prepared, tracking)
-        finally:
-            if started:
-                ray.shutdown()
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        TrackedRun(tracking).finish(status)
-    return RunResult(prepared.run_id, prepared.run, done.outputs, done.metrics, done.model_address)
 
 
 def _fit(prepared: Prepared, tracking: RunInfo) -> None:
@@ -166,19 +181,7 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
         print(f"run {prepared.run_id} is trained already: step {plan.total_steps}", flush=True)
         return
     cpus = ray.cluster_resources().get("CPU", 0)
-    if settings.workers * settings.worker_cpus + _TASK_CPUS > cpus:
-        raise EnvironmentFault(
-            f"{settings.workers} workers of {settings.worker_cpus:g} CPUs leave Ray Data less than {_TASK_CPUS} of the "
-            f"cluster's {cpus:g} CPUs: the run would wait for ever",
-            fix="Lower --workers or --worker_cpus (they are logical: 0.5 is fine), or add CPUs.",
-        )
-    if settings.gpu and ray.cluster_resources().get("GPU", 0) < settings.workers:
-        raise EnvironmentFault(
-            f"{settings.workers} GPUs asked for, the cluster has {ray.cluster_resources().get('GPU', 0):g}",
-            fix="Lower --workers, leave out --gpu, or add GPUs.",
-        )
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.workers)
-    job = WorkerJob(prepared.config, plan, prepared.run, tracking, threads)
+    job = WorkerJob(prepared.config, plan, prepared.run, tracking, settings.threads)
     options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(cpu=max(_TASK_CPUS, cpus - settings.workers * settings.worker_cpus)),
@@ -201,10 +204,11 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
             use_gpu=settings.gpu,
             resources_per_worker={"CPU": settings.worker_cpus, **({"GPU": 1} if settings.gpu else {})},
         ),
-        # Ray Train's own files are of this attempt only; what must last lies in the run's folder.
+        # Ray Train keeps nothing here that a resume needs, but asks for a place that all nodes see.
         run_config=ray.train.RunConfig(
-            name=f"{prepared.run_id}-{int(time.time())}",
-            storage_path=str(Path("/tmp/ray/flam-train")),
+            name=f"attempt-{int(time.time())}",
+            storage_filesystem=prepared.run.fs,
+            storage_path=(prepared.run / "ray").path,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
@@ -217,6 +221,22 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
         raise checkpoints.failure(prepared.run) or _failed(error) from error
     if left := checkpoints.failure(prepared.run):
         raise left
+
+
+def _check_resources(settings: TrainSettings) -> None:
+    """Raises EnvironmentFault if the cluster can never run this: Ray itself would wait for ever, with a warning."""
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if settings.workers * settings.worker_cpus + _TASK_CPUS > cpus:
+        raise EnvironmentFault(
+            f"{settings.workers} workers of {settings.worker_cpus:g} CPUs leave Ray Data less than {_TASK_CPUS} of the "
+            f"cluster's {cpus:g} CPUs: the run would wait for ever",
+            fix="Lower --workers or --worker_cpus (they are logical: 0.5 is fine), or add CPUs.",
+        )
+    if settings.gpu and ray.cluster_resources().get("GPU", 0) < settings.workers:
+        raise EnvironmentFault(
+            f"{settings.workers} GPUs asked for, the cluster has {ray.cluster_resources().get('GPU', 0):g}",
+            fix="Lower --workers, leave out --gpu, or add GPUs.",
+        )
 
 
 def _failed(error: BaseException) -> TrainingFailed:
@@ -256,7 +276,19 @@ def _connect(settings: TrainSettings) -> bool:
     return True
 
 
-def _run_id(config: Config, manifest: Manifest, storage: Location, fresh: bool) -> str:
+def _resumed_config(asked: Config, stored: Config, run_id: str) -> Config:
+    """The config of the run to resume. Raises SettingsError if a setting that was given differs from it."""
+    given = {field.split(" ")[0] for field in differing_fields(get_recipe(asked.recipe), asked)}
+    differing = [field for field in differing_fields(stored, asked) if field.split(" ")[0] in {*given, "recipe"}]
+    if differing:
+        raise SettingsError(
+            f"run {run_id} was started with other settings: {', '.join(differing)}",
+            fix="Leave them out to resume it as it is, or leave out --resume for a run of its own.",
+        )
+    return stored
+
+
+def _run_id(config: Config, manifest: Manifest, fresh: bool) -> str:
     content = canonical_json([to_dict(config), manifest.sha256, config.seed])
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     run_id = f"{config.recipe}-{digest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class WorkerJob:
     run: Location
     tracking: RunInfo
     threads: int
-    """CPU threads of PyTorch; 0 leaves it its default."""
+    """CPU threads of PyTorch; 0: the cores of the worker's machine but one, shared out among its workers."""
 
 
 def train_worker(settings: dict[str, WorkerJob]) -> None:
@@ -54,9 +55,10 @@ def _run(job: WorkerJob) -> None:
 
     The sample order and the noise follow from the step.
     """
-    if job.threads:
-        torch.set_num_threads(job.threads)
     context = ray.train.get_context()
+    # A core is left to Ray Data: with as many threads as cores, PyTorch's threads wait for one another most of the time.
+    cores = (os.cpu_count() or 1) - 1
+    torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     trainer = Trainer(job.config, device, rank=rank, wrap=ray.train.torch.prepare_model)

@@ -168,7 +168,7 @@ def ray_head(s3_server: Callable[[], str], tmp_path_factory: pytest.TempPathFact
         wait_for_page(f"{url}/api/version", head, log, 120)
         yield RayHead(f"{HEAD_ADDRESS}:{gcs}", url)
     finally:
-        kill_group(head)
+        kill_group(head, 5)  # it would wait 30 s for tasks to drain
         shutil.rmtree(folder, ignore_errors=True)
 
 

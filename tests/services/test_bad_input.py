@@ -1,0 +1,220 @@
+"""What cannot work ends with one line that says what, where, why and what to do, with the documented exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.services.conftest import GRID, environment, free_ports, run_job, said
+
+SETTINGS, ENVIRONMENT, DATA = 2, 3, 4
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def left_in(folder: Path) -> set[str]:
+    """Everything below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def check_error(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> str:
+    """One line on stderr, nothing else there; the line."""
+    assert done.returncode == code, said(done)
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, said(done)
+    assert lines[0].startswith("flam: error: ")
+    assert "flam: error:" not in done.stdout
+    missing = [part for part in parts if part not in lines[0]]
+    assert not missing, f"{missing} not in: {lines[0]}"
+    return lines[0]
+
+
+def refuse(home: Path, code: int, arguments: list[str], *parts: str, **variables: str) -> str:
+    """Run a job in `home` that must be refused and leave nothing behind; its one line."""
+    before = left_in(home)
+    line = check_error(run_job(arguments, environment(**variables), home), code, *parts)
+    assert left_in(home) == before
+    return line
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """An empty folder to work in."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def data(grid_data: Path, tmp_path: Path) -> Path:
+    """A copy of the data set, to spoil."""
+    return Path(shutil.copytree(grid_data, tmp_path / "data" / "grid"))
+
+
+def a_train_shard(data: Path) -> Path:
+    names = [s["name"] for s in json.loads((data / "manifest.json").read_text())["shards"] if s["split"] == "train"]
+    return data / names[0]
+
+
+def test_unknown_recipe(home: Path) -> None:
+    refuse(home, SETTINGS, ["train", "smok"], "unknown recipe 'smok'", "Did you mean smoke?", "tiny")
+
+
+def test_unknown_field(home: Path) -> None:
+    done = run_job(["train", "smoke", "--flam-stage.stepz", "4"], environment(), home)
+    assert done.returncode == SETTINGS, said(done)
+    assert "Traceback" not in done.stdout + done.stderr
+    words = " ".join(done.stderr.split())
+    assert "--flam-stage.stepz" in words
+    assert "--flam-stage.steps" in words.replace("_", "-"), said(done)  # did you mean
+    assert not left_in(home)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model.factors", "3"], ["model.latent_width 16", "model.factors 3", "Choose factors 2 or 4"]),
+        (["--tokenizer.frame_size", "50"], ["tokenizer.frame_size 50", "stride 8"]),
+        (["--flam_stage.steps", "0"], ["steps = 0", "at least 1"]),
+        (["--workers", "0"], ["workers = 0"]),
+    ],
+    ids=["factors", "frame_size", "steps", "workers"],
+)
+def test_settings_that_cannot_work(home: Path, arguments: list[str], parts: list[str]) -> None:
+    refuse(home, SETTINGS, ["train", "smoke", *arguments], *parts)
+
+
+def test_workers_that_do_not_divide_the_batch(home: Path, grid_data: Path) -> None:
+    refuse(home, SETTINGS, ["train", "smoke", "--data", str(grid_data), "--workers", "3"], "batch_clips 4", "3 workers")
+
+
+def test_frames_of_another_size(home: Path, grid_data: Path) -> None:
+    arguments = ["train", "smoke", "--data", str(grid_data), "--tokenizer.frame_size", "64"]
+    refuse(home, SETTINGS, arguments, str(grid_data), "48x48", "is 64", "--tokenizer.frame_size 48")
+
+
+def test_tracking_address_of_a_wrong_kind(home: Path, grid_data: Path) -> None:
+    arguments = ["train", "smoke", "--data", str(grid_data), "--tracking", "ftp://mlflow"]
+    refuse(home, SETTINGS, arguments, "ftp://mlflow", "sqlite:///")
+
+
+def test_resume_of_an_unknown_run(home: Path, grid_data: Path) -> None:
+    refuse(home, DATA, ["train", "--resume", "smoke-00000000", "--data", str(grid_data)], "smoke-00000000")
+
+
+def test_missing_data_set(home: Path) -> None:
+    refuse(home, DATA, ["train", "smoke", "--data", "data/nothing"], str(home / "data/nothing"), "manifest.json")
+
+
+def test_manifest_that_is_none(home: Path, data: Path) -> None:
+    manifest = data / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-200])
+    refuse(home, DATA, ["train", "smoke", "--data", str(data)], str(manifest), "ingest the data set again")
+
+
+def test_missing_shard(home: Path, data: Path) -> None:
+    shard = a_train_shard(data)
+    shard.unlink()
+    refuse(home, DATA, ["train", "smoke", "--data", str(data)], f"shard {shard} is missing")
+
+
+def test_shard_that_was_cut(home: Path, data: Path) -> None:
+    shard = a_train_shard(data)
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    refuse(home, DATA, ["train", "smoke", "--data", str(data)], str(shard), "bytes, the manifest says")
+
+
+def test_shard_with_changed_bytes(home: Path, data: Path) -> None:
+    shard = a_train_shard(data)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    refuse(home, DATA, ["train", "smoke", "--data", str(data)], f"shard {shard} has changed", "sha256")
+
+
+def test_no_clip_is_long_enough(home: Path, grid_data: Path) -> None:
+    arguments = ["train", "smoke", "--data", str(grid_data), "--flam_stage.clip_frames", "100"]
+    refuse(home, DATA, arguments, "no clip has 100 frames", "longest has 64", "clip_frames")
+
+
+def test_too_few_windows_for_a_batch(home: Path, grid_data: Path) -> None:
+    arguments = ["train", "smoke", "--data", str(grid_data), "--flam_stage.batch_clips", "4000"]
+    refuse(home, DATA, arguments, "do not fill a batch of 4000", "batch_clips")
+
+
+def test_no_mlflow_at_the_address(home: Path, grid_data: Path) -> None:
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    arguments = ["train", "smoke", "--data", str(grid_data)]
+    refuse(home, ENVIRONMENT, [*arguments, "--tracking", address], f"no MLflow server answers at {address}")
+    refuse(home, ENVIRONMENT, arguments, address, "MLFLOW_TRACKING_URI", MLFLOW_TRACKING_URI=address)
+
+
+def test_no_cluster_at_the_address(home: Path, grid_data: Path) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    arguments = ["train", "smoke", "--data", str(grid_data), "--address", address]
+    refuse(home, ENVIRONMENT, arguments, f"no Ray cluster at {address}", "--address or RAY_ADDRESS")
+
+
+def test_debug_shows_where(home: Path) -> None:
+    done = run_job(["train", "smok", "--debug"], environment(), home)
+    assert done.returncode == SETTINGS, said(done)
+    assert "Traceback" in done.stderr
+    assert "get_recipe" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("flam: error: unknown recipe 'smok'")
+
+
+def test_unknown_world(home: Path) -> None:
+    refuse(home, SETTINGS, ["ingest", "--world", "gird", "--out", "data/x"], "no world 'gird'", "Did you mean 'grid'?")
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ("agnets=3", ["no option 'agnets'", "Did you mean 'agents'?"]),
+        ("agents", ["--option agents is not name=value"]),
+        ("agents=many", ["agents"]),
+        ("agents=99", ["agents = 99", "1 to 16"]),
+        ("cells=7", ["frame_size 48", "multiple of 7"]),
+    ],
+)
+def test_bad_world_option(home: Path, option: str, parts: list[str]) -> None:
+    refuse(home, SETTINGS, ["ingest", *GRID[:4], "--option", option, "--out", "data/x"], *parts)
+
+
+def test_neither_world_nor_videos(home: Path) -> None:
+    refuse(home, SETTINGS, ["ingest", "--out", "data/x"], "--world or --videos")
+
+
+def test_folder_without_videos(home: Path) -> None:
+    (home / "videos").mkdir()
+    (home / "videos" / "notes.txt").write_text("not a video\n")
+    refuse(home, DATA, ["ingest", "--videos", "videos", "--out", "data/x"], "videos", "no video")
+
+
+def test_missing_folder_of_videos(home: Path) -> None:
+    refuse(home, DATA, ["ingest", "--videos", "videos", "--out", "data/x"], "videos")
+
+
+def test_too_few_videos_names_each_reason(home: Path) -> None:
+    (home / "videos").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (home / "videos" / name).write_text("a text file, renamed\n")
+    line = refuse(home, DATA, ["ingest", "--videos", "videos", "--out", "data/x"], "0 usable episodes", "needs 3")
+    assert "a.mp4: not a video" in line
+    assert "b.mp4: not a video" in line
+
+
+def test_another_data_set_in_the_way(home: Path, data: Path) -> None:
+    before = left_in(data)
+    arguments = ["ingest", *GRID, "--option", "cells=8", "--out", str(data)]
+    refuse(home, DATA, arguments, f"another data set is at {data}", "overwrite")
+    assert left_in(data) == before
+
+
+def test_model_that_is_not_there(home: Path, grid_data: Path) -> None:
+    refuse(home, DATA, ["evaluate", "--model", "outputs/latest", "--data", str(grid_data)], "no model at outputs/latest")
