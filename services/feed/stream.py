@@ -15,6 +15,7 @@ import ray.data
 from flam_core.errors import FlamError, TrainingFailed
 from services.feed.plan import FeedPlan
 from services.feed.read import read_steps
+from services.feed.throttle import Throttle
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class StepBatch:
 def make_dataset(plan: FeedPlan, start: int, *, task_cpus: float) -> ray.data.Dataset:
     """The data set of all steps from `start` on. A row is one step of one rank; a block is one read task."""
     tasks = math.ceil((plan.total_steps - start) / plan.chunk_steps) * plan.world
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if Throttle not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Throttle]
     plan.orders()  # data that do not suffice are reported here, not from a task
     dataset = ray.data.range(tasks, override_num_blocks=tasks)
     return dataset.map_batches(

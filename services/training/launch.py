@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ray
 import ray.train
-from ray.data import DataContext, ExecutionOptions, ExecutionResources
+from ray.data import ExecutionOptions, ExecutionResources
 from ray.train.torch import TorchTrainer
 
 from flam_core.config import Config, canonical_json, differing_fields, to_dict
@@ -189,9 +189,6 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
 
     def dataset() -> ray.data.Dataset:
         # Train calls this whenever it starts a group of workers, so a restarted group begins at the newest commit.
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
         return make_dataset(plan, checkpoints.newest_step(prepared.run), task_cpus=_TASK_CPUS)
 
     trainer = TorchTrainer(

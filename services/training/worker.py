@@ -56,7 +56,7 @@ def _run(job: WorkerJob) -> None:
     The sample order and the noise follow from the step.
     """
     context = ray.train.get_context()
-    # A core is left to Ray Data: with as many threads as cores, PyTorch's threads wait for one another most of the time.
+    # A core is left to Ray Data: with as many threads as cores, PyTorch's wait for one another most of the time.
     cores = (os.cpu_count() or 1) - 1
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     rank, world = context.get_world_rank(), context.get_world_size()

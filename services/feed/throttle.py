@@ -1,0 +1,26 @@
+"""Keeps Ray Data's executor from spinning.
+
+Its scheduling loop waits for tasks only while some are unfinished. When all that may run have run ahead of the trainer,
+which is the normal state of a feed that keeps up, the loop turns without a pause and takes most of a core from the
+trainer (docs/devlog.md). A short sleep a turn costs nothing: a task takes longer than that.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+_PAUSE_SECONDS = 0.02
+
+
+class Throttle(ExecutionCallback):
+    """Sleeps for a moment at each turn of the scheduling loop."""
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """See the class."""
+        time.sleep(_PAUSE_SECONDS)
