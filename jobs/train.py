@@ -19,6 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/train.py` puts only jobs/ on the path
 
 from flam_core.config import Config
+from flam_core.errors import SettingsError
 from flam_core.recipes import get_recipe
 from services.console import run_program, table
 from services.training import RunResult, TrainSettings, prepare, train
@@ -34,6 +35,8 @@ class Arguments:
 
 def from_recipe(words: list[str]) -> Arguments:
     """Take the recipe's name off the front; without one it is that of the run to resume, else `tiny`."""
+    if any(word.partition("=")[0] == "--recipe" for word in words):
+        raise SettingsError("--recipe is not a flag", fix="Give the recipe as the first word: jobs/train.py tiny ...")
     if words and not words[0].startswith("-"):
         name = words.pop(0)
     else:

@@ -37,9 +37,9 @@ def run_program(
     try:
         start = default(words) if default else None
         parsed = (
-            tyro.cli(arguments, args=words, description=description)
+            tyro.cli(arguments, args=words, description=description, use_underscores=True)
             if start is None
-            else tyro.cli(arguments, args=words, default=start, description=description)
+            else tyro.cli(arguments, args=words, default=start, description=description, use_underscores=True)
         )
         body(parsed)
     except FlamError as error:
