@@ -133,6 +133,12 @@ class ModelConfig:
             )
         if self.latent == "vq" and self.codebook < 2:
             raise SettingsError(f"model.codebook = {self.codebook}", fix="A codebook needs at least 2 codes.")
+        if self.latent == "vq" and self.action_dim < 2:
+            raise SettingsError(
+                f"model.latent_width {self.latent_width} leaves each of {self.factors} slots one number, and codes of "
+                "unit length need two",
+                fix=f"Use a latent_width of {2 * self.factors} or more.",
+            )
 
     @property
     def action_dim(self) -> int:
@@ -163,7 +169,7 @@ class StageConfig:
         for name in ("steps", "batch_clips", "clip_frames"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)} in a stage", fix="It must be at least 1.")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
+        if not (self.learning_rate > 0 and self.clip_norm > 0):  # so said, it also catches nan
             raise SettingsError("learning_rate and clip_norm must be above 0", fix="Check the stage's settings.")
         if self.warmup < 0 or self.weight_decay < 0:
             raise SettingsError("warmup and weight_decay must not be negative", fix="Check the stage's settings.")

@@ -10,6 +10,11 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
+
+# Shared machines stall: how long an example took says nothing about the code.
+settings.register_profile("flam", deadline=None)
+settings.load_profile("flam")
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",

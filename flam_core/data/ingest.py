@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -167,6 +167,7 @@ def ingest(
     writers = {split: ShardWriter(fs, staging, split, **sizes) for split in SPLITS}
     tally = _Tally(on_progress, source.frames)
     placed: list[str] = []
+    made = [] if fs.type_name == "s3" else _absent(fs, root)
     try:
         if fs.type_name != "s3":  # a bucket has no folders to make
             fs.create_dir(staging)
@@ -185,7 +186,7 @@ def ingest(
     except BaseException as error:  # also on Ctrl-C
         for writer in writers.values():
             writer.abort()
-        _take_back(fs, root, staging, placed, previous)
+        _take_back(fs, root, staging, placed, previous, made)
         if isinstance(error, OSError):
             raise EnvironmentFault(
                 f"cannot write the data set at {root}: {one_line(error)}", fix="Check storage, access and free space."
@@ -368,7 +369,18 @@ def _different(root: str) -> DataError:
     return DataError(f"another data set is at {root}", fix="Choose another place, or overwrite it.")
 
 
-def _take_back(fs: FileSystem, root: str, staging: str, placed: list[str], previous: Manifest | None) -> None:
+def _absent(fs: FileSystem, root: str) -> list[str]:
+    """The folders above `root` that are not there yet, the deepest first."""
+    folders = [str(folder) for folder in PurePosixPath(root).parents]
+    try:
+        return [folder for folder in folders if fs.get_file_info(folder).type == FileType.NotFound]
+    except OSError:
+        return []  # making them will say what is wrong
+
+
+def _take_back(
+    fs: FileSystem, root: str, staging: str, placed: list[str], previous: Manifest | None, made: list[str]
+) -> None:
     """Delete what a failed ingest left, but nothing of a data set that was there, nor of another ingest.
 
     What cannot be deleted is left: the error that came first is the one to report.
@@ -380,7 +392,7 @@ def _take_back(fs: FileSystem, root: str, staging: str, placed: list[str], previ
             fs.delete_file(f"{root}/{name}")
     with suppress(OSError):
         fs.delete_dir(staging)
-    for folder in (f"{root}/{_INCOMING}", f"{root}/shards", root):
+    for folder in (f"{root}/{_INCOMING}", f"{root}/shards", root, *made):
         with suppress(OSError):
             if not fs.get_file_info(FileSelector(folder)):
                 fs.delete_dir(folder)

@@ -48,6 +48,11 @@ def make_world(name: str, **options: Any) -> World:
                 f"{name}: there is no option {option!r}",
                 fix=_suggest(option, known) + f"The options are {', '.join(known)}.",
             )
+    defaults = {f.name: f.default for f in fields(kind)}
+    for option, value in options.items():
+        wanted = type(defaults[option])
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise SettingsError(f"{name}: {option} = {value!r}", fix=f"Give it a value of type {wanted.__name__}.")
     world = kind(**fixed, **options)
     if importlib.util.find_spec(package) is None:
         fix = INSTALL if kind is ProcgenWorld else "Run: pip install 'flam[worlds]'"

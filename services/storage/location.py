@@ -22,6 +22,16 @@ _CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDAT
 _AWS_ERROR = re.compile(r"AWS Error \w+(?: \(HTTP status \d+\))?")
 
 
+def _relax_checksums() -> None:
+    """Stores other than AWS refuse the checksums that clients send by default."""
+    if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        for name in _CHECKSUMS:
+            os.environ.setdefault(name, "when_required")
+
+
+_relax_checksums()  # on import too: a worker that unpickles a Location never calls `resolve`
+
+
 @dataclass(frozen=True)
 class Location:
     """A place in a storage. `fs` can be pickled and sent to other processes."""
@@ -71,9 +81,8 @@ def _s3(request_seconds: float = _REQUEST_SECONDS, retries: int = _RETRIES) -> S
     options = {}
     if endpoint:
         scheme, _, host = endpoint.rpartition("://")
+        _relax_checksums()
         options = {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
-        for name in _CHECKSUMS:  # stores other than AWS refuse the checksums that are sent by default
-            os.environ.setdefault(name, "when_required")
     return S3FileSystem(
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         connect_timeout=_CONNECT_SECONDS,

@@ -1,4 +1,4 @@
-"""Real parts for the service tests: a Ray head, an MLflow server, an S3 server, and flam's programs run as users run them."""
+"""Real parts for the service tests: Ray head, MLflow server, S3 server, and flam's programs run as users run them."""
 
 from __future__ import annotations
 

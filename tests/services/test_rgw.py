@@ -341,6 +341,16 @@ def test_a_bucket_that_may_only_be_read(
     assert not objects(resolve(f"s3://{bucket}/new"))
 
 
+def test_checksums_that_the_store_does_not_take(
+    gateway: Gateway, place: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, gateway.environment(gateway.owner, AWS_REQUEST_CHECKSUM_CALCULATION="when_supported"))
+    message = "refuses the checksums .* Set AWS_REQUEST_CHECKSUM_CALCULATION .* to when_required"
+    with pytest.raises(EnvironmentFault, match=message):
+        write_bytes(resolve(place.uri) / "a", b"1")
+    assert not exists(place / "a")
+
+
 def test_ingest_needs_no_more_than_endpoint_and_keys(gateway: Gateway, tmp_path: Path) -> None:
     address = f"s3://{gateway.make_bucket()}/grid"
     variables = gateway.environment(gateway.owner)

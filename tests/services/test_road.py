@@ -15,7 +15,7 @@ from PIL import Image
 
 from flam_core.config import to_dict
 from flam_core.recipes import smoke
-from tests.services.conftest import REPOSITORY, Cluster, Trained, Tracking, environment, run_job, said, sha256
+from tests.services.conftest import REPOSITORY, Cluster, Tracking, Trained, environment, run_job, said, sha256
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -206,12 +206,9 @@ def test_evaluate_reproduces_the_metrics(
     smoke_run: Trained, mlflow_server: Tracking, grid_data: Path, measured: dict[str, float], tmp_path: Path
 ) -> None:
     config = smoke().evaluation
-    done = run_job(
-        ["evaluate", "--model", smoke_run.address, "--data", str(grid_data), "--out", "check"]
-        + ["--evaluation.clips", str(config.clips), "--evaluation.probe_clips", str(config.probe_clips)],
-        environment(MLFLOW_TRACKING_URI=mlflow_server.uri),
-        tmp_path,
-    )
+    arguments = ["evaluate", "--model", smoke_run.address, "--data", str(grid_data), "--out", "check"]
+    arguments += ["--evaluation.clips", str(config.clips), "--evaluation.probe_clips", str(config.probe_clips)]
+    done = run_job(arguments, environment(MLFLOW_TRACKING_URI=mlflow_server.uri), tmp_path)
     assert done.returncode == 0, said(done)
     again = json.loads((tmp_path / "check" / "metrics.json").read_text())
     assert again == pytest.approx(measured, rel=1e-3, abs=1e-3)

@@ -159,11 +159,13 @@ def test_factors_that_do_not_divide_the_latent_width_are_refused_with_some_that_
         (lambda: ModelConfig(width=30, heads=4), "width 30 .*heads 4"),
         (lambda: ModelConfig(heads=0), "model.heads = 0"),
         (lambda: ModelConfig(latent="vq", codebook=1), "codebook"),
+        (lambda: ModelConfig(latent="vq", factors=4, latent_width=4), "latent_width 4 leaves each of 4 slots"),
         (lambda: ModelConfig(slot_sharpness=0.0), "model.slot_sharpness = 0"),
         (lambda: ModelConfig(aggregator_sharpness=-1.0), "model.aggregator_sharpness = -1"),
         (lambda: ModelConfig(slot_focus=0.0), "model.slot_focus = 0"),
         (lambda: stage(steps=0), "steps = 0"),
         (lambda: stage(learning_rate=0.0), "learning_rate"),
+        (lambda: stage(learning_rate=float("nan")), "learning_rate"),
         (lambda: stage(clip_norm=-1.0), "clip_norm"),
         (lambda: stage(warmup=-1), "warmup"),
         (lambda: LossConfig(beta_warmup=(0.9, 0.5)), "beta_warmup"),
@@ -188,7 +190,9 @@ def test_the_tokenizers_sizes_follow_from_its_fields() -> None:
 
 def test_the_hash_is_that_of_sorted_json_without_spaces() -> None:
     # Run folders are named by it: written otherwise, runs that were started before could not be resumed.
-    assert canonical_json({"b": [1, 2.5, None], "a": {"d": True, "c": "x"}}) == '{"a":{"c":"x","d":true},"b":[1,2.5,null]}'
+    assert (
+        canonical_json({"b": [1, 2.5, None], "a": {"d": True, "c": "x"}}) == '{"a":{"c":"x","d":true},"b":[1,2.5,null]}'
+    )
     config = get_recipe("smoke")
     text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     assert config.sha256() == hashlib.sha256(text.encode()).hexdigest()

@@ -34,9 +34,9 @@ COMPETITIONS = ("slots", "dual")
 WINDOWS = (2, 16)
 
 # Broadcast over [t, i, t', j]: frame and slot of the output, frame and slot of the input.
-T_OUT, SLOT_OUT = torch.arange(FRAMES)[:, None, None, None], torch.arange(FACTORS)[None, :, None, None]
-T_IN, SLOT_IN = torch.arange(FRAMES)[None, None, :, None], torch.arange(FACTORS)[None, None, None, :]
-SAME_SLOT = SLOT_OUT == SLOT_IN
+t_out, slot_out = torch.arange(FRAMES)[:, None, None, None], torch.arange(FACTORS)[None, :, None, None]
+t_in, slot_in = torch.arange(FRAMES)[None, None, :, None], torch.arange(FACTORS)[None, None, None, :]
+same_slot = slot_out == slot_in
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -86,8 +86,8 @@ def test_an_action_depends_on_current_slots_and_on_its_own_track_up_to_the_next_
     inverse = shaken(InverseDynamics(config(latent=latent, temporal_window=window)))
     slots = source(2, FRAMES, FACTORS, WIDTH)
     actions = inverse(slots)
-    own_track = SAME_SLOT & (T_IN <= T_OUT + 1) & (T_IN > T_OUT + 1 - window)
-    wanted = ((T_IN == T_OUT) | own_track)[:-1]
+    own_track = same_slot & (t_in <= t_out + 1) & (t_in > t_out + 1 - window)
+    wanted = ((t_in == t_out) | own_track)[:-1]
     assert_depends_exactly_on(wanted, strengths(actions.sample, slots))
     assert_depends_exactly_on(wanted, strengths(actions.penalty[..., None], slots))
     if latent == "gaussian":
@@ -116,9 +116,9 @@ def test_a_next_slot_depends_on_all_slots_so_far_and_on_its_own_actions_only(win
     forward = shaken(ForwardDynamics(settings))
     slots, actions = source(2, FRAMES, FACTORS, WIDTH), source(2, FRAMES, FACTORS, ACTION)
     next_slots = forward(slots, actions)
-    past = (T_IN <= T_OUT) & (T_IN >= T_OUT - settings.blocks * (window - 1))
+    past = (t_in <= t_out) & (t_in >= t_out - settings.blocks * (window - 1))
     assert_depends_exactly_on(past, strengths(next_slots, slots))
-    assert_depends_exactly_on(past & SAME_SLOT, strengths(next_slots, actions))
+    assert_depends_exactly_on(past & same_slot, strengths(next_slots, actions))
 
 
 @pytest.mark.parametrize("latent", LATENTS)
@@ -127,7 +127,7 @@ def test_inverse_and_forward_dynamics_together_see_only_the_own_next_slot(latent
     inverse, forward = shaken(InverseDynamics(settings)), shaken(ForwardDynamics(settings))
     slots = source(2, FRAMES, FACTORS, WIDTH)
     next_slots = forward(slots[:, :-1], inverse(slots).sample)
-    wanted = (T_IN <= T_OUT) | (SAME_SLOT & (T_IN == T_OUT + 1))
+    wanted = (t_in <= t_out) | (same_slot & (t_in == t_out + 1))
     assert_depends_exactly_on(wanted[:-1], strengths(next_slots, slots))
 
 
@@ -140,9 +140,9 @@ def test_slots_depend_on_frames_so_far(competition: str, window: int, focus: flo
     z = source(2, FRAMES, TOKENIZER.patches, CHANNELS)
     slots, masks = factorizer(z)
     reach = window - 1
-    past = (T_IN <= T_OUT) & (T_IN >= T_OUT - settings.iterations * reach)
+    past = (t_in <= t_out) & (t_in >= t_out - settings.iterations * reach)
     assert_depends_exactly_on(past[..., :1], strengths(slots, z))
-    before_last = (T_IN <= T_OUT) & (T_IN >= T_OUT - (settings.iterations - 1) * reach)
+    before_last = (t_in <= t_out) & (t_in >= t_out - (settings.iterations - 1) * reach)
     assert_depends_exactly_on(before_last[..., :1], strengths(masks, z))
 
 
@@ -152,9 +152,9 @@ def test_the_aggregator_sees_one_frame_and_its_predicted_slots() -> None:
     aggregator = shaken(Aggregator(settings, CHANNELS, position))
     z, slots = source(2, FRAMES, TOKENIZER.patches, CHANNELS), source(2, FRAMES, FACTORS, WIDTH)
     next_z = aggregator(z, slots)
-    assert_depends_exactly_on(T_IN == T_OUT, strengths(next_z, slots))
+    assert_depends_exactly_on(t_in == t_out, strengths(next_z, slots))
     by_frame = strengths(next_z, z).amax(dim=-1, keepdim=True)
-    assert_depends_exactly_on((T_IN == T_OUT)[..., :1], by_frame)
+    assert_depends_exactly_on((t_in == t_out)[..., :1], by_frame)
 
 
 @pytest.mark.parametrize("competition", COMPETITIONS)
@@ -164,12 +164,12 @@ def test_a_prediction_sees_no_frame_after_the_one_it_predicts(latent: str, compe
     dynamics = shaken(Dynamics(config(latent=latent, slot_competition=competition), TOKENIZER))
     z = source(2, FRAMES, TOKENIZER.patches, CHANNELS)
     prediction, rolled = dynamics(z, rollout_steps=steps, bridge=True)
-    up_to_target = (T_IN <= T_OUT + 1)[..., :1]
+    up_to_target = (t_in <= t_out + 1)[..., :1]
     for predicted in (prediction.next_z, prediction.next_slots, prediction.actions.sample, prediction.bridged_z):
         by_frame = strengths(predicted, z).amax(dim=-1, keepdim=True)
         assert_depends_exactly_on(up_to_target[:-1], by_frame)
     by_frame = strengths(rolled, z).amax(dim=-1, keepdim=True)
-    assert_depends_exactly_on((T_IN <= T_OUT + FRAMES - steps)[:steps, ..., :1], by_frame)
+    assert_depends_exactly_on((t_in <= t_out + FRAMES - steps)[:steps, ..., :1], by_frame)
 
 
 @pytest.mark.parametrize("competition", COMPETITIONS)
@@ -182,8 +182,8 @@ def test_a_rollout_depends_on_known_frames_and_on_actions_up_to_each_step(compet
     steps = FRAMES - known
     assert rolled.shape[1] == steps
     by_frame = strengths(rolled, z).amax(dim=-1, keepdim=True)
-    assert_depends_exactly_on((T_IN < known)[..., :1], by_frame)
-    so_far = (T_IN <= T_OUT + known - 1)[:steps, :, :-1]
+    assert_depends_exactly_on((t_in < known)[..., :1], by_frame)
+    so_far = (t_in <= t_out + known - 1)[:steps, :, :-1]
     assert_depends_exactly_on(so_far, strengths(rolled, actions))
 
 

@@ -30,8 +30,10 @@ def _seed() -> None:
 
 
 def model(tokenizer: TokenizerConfig = TOKENIZER, **changes: Any) -> Flam:
-    """In double precision, with standardised features, so that equal means equal."""
+    """In double precision, with standardised features, and with codes that small differences of features change."""
     flam = Flam(tokenizer, replace(MODEL, **changes)).double().eval()
+    with torch.no_grad():
+        flam.tokenizer.to_codes.weight *= 50
     flam.tokenizer.standardise(flam.tokenizer.moments(pictures(16)))
     return flam
 
@@ -411,12 +413,15 @@ def test_a_rollout_in_slot_space_is_one_step_after_another(context: int) -> None
 @pytest.mark.parametrize("context", [1, 3])
 def test_a_rollout_by_frames_reads_its_own_pictures(context: int) -> None:
     flam, steps = model(temporal_window=4), 6
-    frames, actions = pictures(2, context), torch.randn(2, context - 1 + steps, 3, 4, dtype=torch.float64)
+    frames, actions = pictures(2, context), 10 * torch.randn(2, context - 1 + steps, 3, 4, dtype=torch.float64)
     rolled = flam.rollout(frames, actions, feedback="frames")
     assert rolled.shape == (2, steps, 24, 24, 3)
+    others = flam.rollout(frames, actions.flip(1), feedback="frames")
+    assert not torch.allclose(rolled[:, -1], others[:, -1], atol=1e-4)  # each action shows, despite quantisation
     seen = frames
     for step in range(steps):
-        one = flam.rollout(seen, actions[:, : context + step], feedback="frames")
+        known = slice(max(0, context + step - 4), context + step)  # what the window holds
+        one = flam.rollout(seen[:, known], actions[:, known], feedback="frames")
         assert one.shape[1] == 1
         assert torch.allclose(rolled[:, step : step + 1], one, atol=1e-8)
         seen = torch.cat([seen, (one * 255).round().to(torch.uint8)], dim=1)

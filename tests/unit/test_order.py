@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -90,7 +91,7 @@ def test_an_epoch_holds_each_window_of_each_clip_once(
         assert found[0] >= 0
         assert found[-1] + frames <= lengths[clip]
         # One phase a clip and epoch: windows touch, so they are disjoint and none is left out.
-        assert [b - a for a, b in zip(found, found[1:], strict=False)] == [frames] * (len(found) - 1)
+        assert [b - a for a, b in pairwise(found)] == [frames] * (len(found) - 1)
 
 
 @given(layouts, seeds, st.integers(1, 4), st.data())
@@ -161,7 +162,7 @@ def test_the_windows_of_a_block_are_mixed() -> None:
     assert len(set(groups[:20])) == 4
     assert len(set(groups)) == 8
     one_at_a_time = [window.row_group for window in epoch(order([[[30] * 4] * 8], mix=1), 0)]
-    assert sum(a != b for a, b in zip(one_at_a_time, one_at_a_time[1:], strict=False)) == 7
+    assert sum(a != b for a, b in pairwise(one_at_a_time)) == 7
 
 
 def test_seeds_and_epochs_differ() -> None:

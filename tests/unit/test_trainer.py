@@ -154,6 +154,25 @@ def test_a_restored_run_continues_bit_for_bit(latent: str, at: int) -> None:
     assert resumed.digest == unbroken.digest
 
 
+@pytest.mark.parametrize("at", [STAGE_1, STAGE_1 + 1])
+def test_slots_that_started_from_motion_and_were_held_continue_bit_for_bit(at: int) -> None:
+    settings = config(slot_start="motion", slot_hold=0.5)
+    unbroken, state = started(settings, until=STAGE_1 + STAGE_2), started(settings, until=at).state()
+    resumed = Trainer(settings, CPU)
+    resumed.restore(state["model"], state["optimizer"], state["meta"])
+    run(resumed, resumed.total_steps)
+    assert weights_to_bytes(resumed.model) == weights_to_bytes(unbroken.model)
+
+
+def test_held_slot_starts_move_only_after_the_hold() -> None:
+    trainer = started(config(slot_start="motion", slot_hold=0.5), until=STAGE_1 + 1)
+    start = trainer.model.dynamics.factorizer.initial.detach().clone()
+    run(trainer, STAGE_1 + STAGE_2 // 2)
+    assert torch.equal(trainer.model.dynamics.factorizer.initial, start)
+    run(trainer, STAGE_1 + STAGE_2 // 2 + 1)
+    assert not torch.equal(trainer.model.dynamics.factorizer.initial, start)
+
+
 @pytest.mark.parametrize("at", [1, STAGE_1, STAGE_1 + 2])
 def test_a_restored_state_is_the_state(at: int) -> None:
     state = started(until=at).state()
@@ -216,6 +235,17 @@ def test_noise_differs_between_ranks_and_weights_start_equal() -> None:
     assert weights_to_bytes(one.model) == weights_to_bytes(other.model)
     losses = [trainer.train_step(*batch(trainer))["flam/loss"].item() for trainer in (one, other)]
     assert losses[0] != losses[1]
+
+
+def test_noise_differs_between_steps() -> None:
+    trainer = started(until=STAGE_1 + 1)
+    state, first = trainer.state(), batch(trainer)
+    losses = []
+    for step in (trainer.step, trainer.step, trainer.step + 1):
+        resumed = Trainer(CONFIG, CPU)
+        resumed.restore(state["model"], state["optimizer"], {**state["meta"], "step": step})
+        losses.append(resumed.train_step(*first)["flam/loss"].item())
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_what_the_caller_draws_does_not_enter() -> None:
