@@ -27,8 +27,8 @@ class Trainer:
     """Trains the tokenizer (stage 1), then FLAM on its frozen features (stage 2), one global step at a time.
 
     The state is `model`, the optimiser of the stage in hand, `step` (steps done, over both stages) and `digest` (a
-    rolling hash of the ids of all windows consumed by this rank). Noise is a function of (seed, step, rank), so there
-    is no generator to store, and a resumed run draws what the unbroken one would have drawn.
+    rolling hash of the ids of all windows that this rank consumed; a checkpoint keeps rank 0's). Noise is a function of
+    (seed, step, rank), so there is no generator to store, and a resumed run draws what the unbroken one would have.
     """
 
     def __init__(self, config: Config, device: torch.device, *, rank: int = 0, wrap: Wrap | None = None) -> None:
@@ -76,7 +76,7 @@ class Trainer:
         if not torch.isfinite(norm):
             raise TrainingFailed(
                 f"the gradient is not finite at step {self.step} (loss {loss.item():.3g})",
-                fix="Lower learning_rate, or raise model.initial_log_variance's noise by less.",
+                fix="Lower the learning_rate or the clip_norm of the stage.",
             )
         self._optimizer.step()
         self.step += 1

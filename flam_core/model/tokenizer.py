@@ -146,7 +146,7 @@ class Tokenizer(nn.Module):
         else:
             variances, directions = torch.linalg.eigh(covariance)
             scales = (variances.clamp_min(0) + self.config.whitening * size).rsqrt()
-            scales = scales / (scales.pow(2) * variances.clamp_min(0)).mean().sqrt()
+            scales = scales / (scales.pow(2) * variances.clamp_min(0)).mean().sqrt().clamp_min(1e-6)
             forth = directions @ scales.diag() @ directions.T
         self.mean.copy_(mean)
         self.whiten.copy_(forth)
