@@ -4,6 +4,8 @@ A message says what is wrong, where, why, and what to do about it, in one line. 
 3 environment, 4 data, 5 training failed, 75 stopped and resumable (``EX_TEMPFAIL``).
 """
 
+import json
+
 
 class FlamError(Exception):
     """An error with a cause a person can act on. Programs print it as one line and end with `exit_code`."""
@@ -56,3 +58,15 @@ class Stopped(FlamError):
     """Training was stopped on request and goes on with the same command."""
 
     exit_code = 75
+
+
+def pack(error: FlamError) -> str:
+    """The error as text, for where Ray or a bucket would make something else of it. `unpack` is the inverse."""
+    return json.dumps([type(error).__name__, error.what, error.fix])
+
+
+def unpack(text: str) -> FlamError:
+    """The error that `pack` was given."""
+    kind, what, fix = json.loads(text)
+    kinds = {one.__name__: one for one in (SettingsError, EnvironmentFault, DataError, TrainingFailed, Stopped)}
+    return kinds.get(kind, TrainingFailed)(what, fix=fix)

@@ -19,7 +19,7 @@ def tiny() -> Config:
         recipe="tiny",
         tokenizer=TokenizerConfig(frame_size=48, unshuffle=4, channels=(64,), feature_dim=32, whitening=1.0),
         model=ModelConfig(
-            factors=4,
+            factors=5,
             width=64,
             heads=4,
             blocks=2,
@@ -30,7 +30,7 @@ def tiny() -> Config:
             slot_sharpness=8.0,
             aggregator_sharpness=3.0,
             temporal_window=5,
-            latent_width=64,
+            latent_width=80,
         ),
         tokenizer_stage=StageConfig(steps=800, batch_clips=16, clip_frames=4, learning_rate=4e-3, warmup=50),
         flam_stage=StageConfig(steps=1600, batch_clips=16, clip_frames=5, learning_rate=1e-3, clip_norm=0.5),

@@ -73,8 +73,8 @@ def load(address: str | Path) -> Flam:
     or it is damaged, SettingsError for an unknown scheme.
     """
     folder = _folder(str(address))
-    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
-        folder = folder / "model"
+    if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
+        folder = folder / "model"  # a run's folder, which has a config.json of its own
     try:
         config = json.loads((folder / CONFIG).read_text())
         content = (folder / WEIGHTS).read_bytes()

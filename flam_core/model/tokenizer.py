@@ -25,7 +25,11 @@ class ResidualBlock(nn.Module):
 
 class Encoder(nn.Module):
     """Frames [N, 3, H, W] to features [N, C, H / stride, W / stride]: IMPALA stages of convolution, pooling and two
-    residual blocks."""
+    residual blocks.
+
+    The features of a patch are normalised. Without that they grow until the bounds of FSQ saturate, every patch gets
+    the same code and the gradient is gone (one seed in two at learning rates from 2e-3 on, docs/devlog.md).
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -43,7 +47,8 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, frames: Tensor) -> Tensor:
-        return self.layers(frames)
+        features = self.layers(frames).movedim(1, -1)
+        return F.layer_norm(features.float(), features.shape[-1:]).movedim(-1, 1)
 
 
 class Decoder(nn.Module):

@@ -6,8 +6,8 @@ or never (docs/devlog.md). Things that move are what latent actions are about, a
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -15,16 +15,17 @@ from torch import Tensor
 def moving_prototypes(z_btpc: Tensor, count: int, seed: int) -> Tensor:
     """`count` typical features [count, C] of moving patches among standardised features [B, T, P, C].
 
-    k-means over all patches, each weighted by how much it has just changed and by how far it is from the average patch
-    (so that what a thing left behind, which is background, does not count as a thing).
+    k-means by direction over the patches that have mostly changed since the frame before (a thing came there; that
+    something moved next to a wall does not make the wall a thing) and that stand out from the average patch (what a
+    thing left behind is background). By direction, so that bright things do not outvote dim ones.
     """
-    changed = (z_btpc[:, 1:] - z_btpc[:, :-1]).pow(2).sum(dim=-1)
-    patches = z_btpc[:, 1:]
-    weights = (changed * patches.pow(2).sum(dim=-1).pow(2)).flatten().double().cpu().numpy()
-    points = patches.flatten(0, 2).double().cpu().numpy()
-    weights = weights / max(weights.max(), np.finfo(np.float64).tiny)
-    if np.count_nonzero(weights) < count:  # nothing moves in this sample: then anything may be a start
-        weights = np.ones_like(weights)
-    means = KMeans(count, n_init=8, random_state=seed)  # pyright: ignore[reportArgumentType] - the stub wants "auto"
-    found = means.fit(points, sample_weight=weights)
-    return torch.from_numpy(found.cluster_centers_).to(z_btpc)
+    patches = z_btpc[:, 1:].flatten(0, 2).double()
+    energy = patches.pow(2).sum(dim=-1)
+    changed = (z_btpc[:, 1:] - z_btpc[:, :-1]).double().pow(2).sum(dim=-1).flatten()
+    arrived = patches[(changed > 0.5 * energy) & (energy > energy.mean())]
+    if len(arrived) < count:  # hardly anything moves in this sample: then anything may be a start
+        arrived = patches
+    directions = F.normalize(arrived, dim=-1).cpu().numpy()
+    means = KMeans(count, n_init=16, random_state=seed)  # pyright: ignore[reportArgumentType] - the stub wants "auto"
+    labels = torch.from_numpy(means.fit_predict(directions)).to(arrived.device)
+    return torch.stack([arrived[labels == i].mean(dim=0) for i in range(count)]).to(z_btpc.dtype)

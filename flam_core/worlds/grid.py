@@ -127,7 +127,7 @@ def sprites(agents: int, pixels: int) -> np.ndarray:
     shapes = (
         x**2 + y**2 <= 0.72,
         np.maximum(abs(x), abs(y)) <= 0.72,
-        (y <= 0.75) & (y >= 2.0 * abs(x) - 0.85),
+        (y <= 0.9) & (y >= 1.95 * abs(x) - 0.95),
         abs(x) + abs(y) <= 0.95,
     )
     floor, wall = np.array((26, 28, 36.0)), np.array((120, 120, 128.0))

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from flam_core.data.shard import decode_clip, read_row_group
-from flam_core.errors import DataError
+from flam_core.errors import DataError, FlamError, pack
 from services.feed.plan import FeedPlan
 from services.storage import Location
 
@@ -19,8 +19,17 @@ SCHEMA = pa.schema(
         pa.field("shape", pa.list_(pa.int32(), 5)),  # [B, T, H, W, 3]
         pa.field("frames", pa.large_binary()),  # uint8, contiguous
         pa.field("ids", pa.list_(pa.string())),  # of the windows
+        pa.field("error", pa.string()),  # instead of frames, if they cannot be had: a packed FlamError
     ]
 )
+
+
+def read_or_say(plan: FeedPlan, rank: int, steps: range) -> pa.Table:
+    """`read_steps`, or one row that says why not: raised, the error would reach the trainer as text of Ray's only."""
+    try:
+        return read_steps(plan, rank, steps)
+    except FlamError as error:
+        return pa.Table.from_pylist([{"step": steps.start, "rank": rank, "error": pack(error)}], schema=SCHEMA)
 
 
 def read_steps(plan: FeedPlan, rank: int, steps: range) -> pa.Table:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+from ray.exceptions import RayError
 
-from flam_core.errors import FlamError, TrainingFailed
+from flam_core.errors import FlamError, TrainingFailed, unpack
 from services.feed.plan import FeedPlan
-from services.feed.read import read_steps
+from services.feed.read import read_or_say
 from services.feed.throttle import Throttle
 
 
@@ -53,7 +54,7 @@ def _read(batch: pa.Table, plan: Any, start: int) -> pa.Table:
     known = _get(plan)
     chunk, rank = divmod(batch["id"][0].as_py(), known.world)
     first = start + chunk * known.chunk_steps
-    return read_steps(known, rank, range(first, min(first + known.chunk_steps, known.total_steps)))
+    return read_or_say(known, rank, range(first, min(first + known.chunk_steps, known.total_steps)))
 
 
 def _get(reference: Any) -> FeedPlan:
@@ -63,7 +64,8 @@ def _get(reference: Any) -> FeedPlan:
 def steps_of(shard: ray.data.DataIterator, rank: int, start: int) -> Iterator[StepBatch]:
     """The batches of this rank from step `start` on.
 
-    Order is checked against the plan, never assumed. Raises TrainingFailed if a batch is not the one that is due.
+    Order is checked against the plan, never assumed. Raises TrainingFailed if a batch is not the one that is due, and
+    what kept a read task from reading: DataError for a broken clip, EnvironmentFault for a storage that fails.
     """
     due = start
     for block in _unwrapped(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)):  # pyright: ignore[reportArgumentType] - None is documented
@@ -74,6 +76,8 @@ def steps_of(shard: ray.data.DataIterator, rank: int, start: int) -> Iterator[St
                     f"the feed gave rank {rank} step {step} of rank {owner} where step {due} was due",
                     fix="This is a fault in flam or Ray Data: run the command again, it resumes; please report it.",
                 )
+            if (error := block["error"][i].as_py()) is not None:
+                raise unpack(error)
             pixels = np.frombuffer(block["frames"][i].as_buffer(), dtype=np.uint8)
             yield StepBatch(step, pixels.reshape(block["shape"][i].as_py()), block["ids"][i].as_py())
             due += 1
@@ -93,7 +97,8 @@ def flam_cause(error: BaseException) -> FlamError | None:
     """The flam error that an error was caused by, if any."""
     queue: list[BaseException] = [error]
     for current in queue:
-        if isinstance(current, FlamError):
+        # Ray's copy of an error is of the same class too, but its message is a whole traceback.
+        if isinstance(current, FlamError) and not isinstance(current, RayError):
             return current
         inner = (current.__cause__, current.__context__, getattr(current, "cause", None))
         queue += [one for one in inner if isinstance(one, BaseException) and not any(one is seen for seen in queue)]

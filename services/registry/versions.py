@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def register(run: RunInfo, name: str, folder: Path, example: np.ndarray, tags: M
                 return str(version.version)
         spec = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]), "frames")
         output = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]))
-        with mlflow.start_run(run_id=run.run_id):
+        with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+            # A signature is given; an example as well would be stored as megabytes of JSON.
+            warnings.simplefilter("ignore", UserWarning)
             info = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(_CODE),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,9 +119,15 @@ class TrackedRun:
         for start in range(0, len(batch), _BATCH):
             self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
 
-    def artifacts(self, folder: Path, path: str) -> None:
-        """Upload the files of a folder as artifacts below `path`."""
-        self._client.log_artifacts(self.info.run_id, str(folder), path)
+    def artifacts(self, folder: Path, path: str, *, leave_out: Collection[str] = ()) -> None:
+        """Upload the files of a folder, but those that `leave_out` names, as artifacts below `path`."""
+        for entry in sorted(folder.iterdir()):
+            if entry.name in leave_out:
+                continue
+            if entry.is_dir():
+                self._client.log_artifacts(self.info.run_id, str(entry), f"{path}/{entry.name}")
+            else:
+                self._client.log_artifact(self.info.run_id, str(entry), path)
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""

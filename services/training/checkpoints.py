@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flam_core.config import Config, canonical_json, differing_fields, from_dict, to_dict
-from flam_core.errors import DataError, EnvironmentFault, FlamError, SettingsError, TrainingFailed
+from flam_core.errors import DataError, FlamError, SettingsError, pack, unpack
 from services.storage import Location, exists, read_bytes, write_bytes
 
 _KEEP = 2
@@ -66,8 +66,9 @@ def newest(run: Location) -> Checkpoint | None:
 
 
 def newest_step(run: Location) -> int:
-    """The step of the newest committed checkpoint by the index alone; 0 if there is none."""
-    return max(_committed(run), default=0)
+    """The step that `newest` resumes from; 0 if there is none. The feed must start where the trainer does."""
+    saved = newest(run)
+    return saved.step if saved else 0
 
 
 def stored_config(run: Location) -> Config:
@@ -102,16 +103,14 @@ def claim(run: Location, config: Config, manifest_sha256: str) -> None:
 
 def leave_failure(run: Location, error: FlamError) -> None:
     """Leave an error in the run's folder for the driver to raise."""
-    write_bytes(run / "failure.json", canonical_json([type(error).__name__, error.what, error.fix]).encode())
+    write_bytes(run / "failure.json", pack(error).encode())
 
 
 def failure(run: Location) -> FlamError | None:
     """The error that a worker left, if any."""
     if not exists(run / "failure.json"):
         return None
-    kind, what, fix = json.loads(read_bytes(run / "failure.json"))
-    kinds = {one.__name__: one for one in (DataError, EnvironmentFault, SettingsError, TrainingFailed)}
-    return kinds.get(kind, TrainingFailed)(what, fix=fix)
+    return unpack(read_bytes(run / "failure.json").decode())
 
 
 def clear_failure(run: Location) -> None:

@@ -70,7 +70,8 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
                 write_bytes(prepared.run / str(file.relative_to(outputs)), file.read_bytes())
     tracked = TrackedRun(tracking)
     tracked.summary(measured.metrics)
-    tracked.artifacts(outputs, "report")
+    # By default the run's folder is the outputs' too. Checkpoints are too big to go through an MLflow server.
+    tracked.artifacts(outputs, "report", leave_out=("checkpoints", "ray"))
     address = None
     if prepared.settings.register:
         name = f"flam-{prepared.manifest.name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import ray
 import ray.train
 from ray.data import ExecutionOptions, ExecutionResources
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
 from flam_core.config import Config, canonical_json, differing_fields, to_dict
@@ -20,7 +22,7 @@ from flam_core.data.manifest import Manifest, read_manifest
 from flam_core.data.shard import verify_shard
 from flam_core.errors import EnvironmentFault, SettingsError, TrainingFailed
 from flam_core.recipes import get_recipe
-from services.feed import FeedPlan, StagePlan, make_dataset
+from services.feed import FeedPlan, StagePlan, flam_cause, make_dataset
 from services.storage import Location, resolve
 from services.tracking import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
 from services.training import checkpoints
@@ -249,7 +251,10 @@ def _failed(error: BaseException) -> TrainingFailed:
 def _finish(prepared: Prepared, tracking: RunInfo) -> Finished:
     """Evaluation and registration, where the accelerator is: as a Ray task."""
     task = ray.remote(num_cpus=1, num_gpus=1 if prepared.settings.gpu else 0, max_retries=0)(finish)
-    return ray.get(task.remote(prepared, tracking, home() / "outputs" / prepared.run_id))
+    try:
+        return ray.get(task.remote(prepared, tracking, home() / "outputs" / prepared.run_id))
+    except RayError as error:
+        raise flam_cause(error) or _failed(error) from error
 
 
 def _connect(settings: TrainSettings) -> bool:
@@ -262,6 +267,7 @@ def _connect(settings: TrainSettings) -> bool:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
         if address:
+            _check_head(address)
             ray.init(address=address, **common)
         else:
             cpus = max(os.cpu_count() or 1, int(settings.workers * settings.worker_cpus) + 2)
@@ -271,6 +277,19 @@ def _connect(settings: TrainSettings) -> bool:
             f"no Ray cluster at {address}: {str(error).splitlines()[0]}", fix="Check --address or RAY_ADDRESS."
         ) from error
     return True
+
+
+def _check_head(address: str) -> None:
+    """Raises EnvironmentFault if nothing listens at host:port, where Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"no Ray cluster at {address}: {error.strerror or error}", fix="Check --address or RAY_ADDRESS."
+        ) from error
 
 
 def _resumed_config(asked: Config, stored: Config, run_id: str) -> Config:

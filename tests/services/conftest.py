@@ -157,7 +157,11 @@ def ray_head(s3_server: Callable[[], str], tmp_path_factory: pytest.TempPathFact
     with log.open("wb") as output:
         head = subprocess.Popen(
             [str(ray), "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())],
-            env=environment(**storage_environment(), RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5"),
+            env=environment(
+                **storage_environment(),
+                RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
+                RAY_ADDRESS=f"{HEAD_ADDRESS}:{gcs}",  # else Ray's own helpers are lost beside another cluster
+            ),
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,

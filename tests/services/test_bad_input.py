@@ -11,7 +11,7 @@ import pytest
 
 from jobs import train
 from services.console import run_program
-from tests.services.conftest import GRID, environment, free_ports, run_job, said
+from tests.services.conftest import GRID, Cluster, environment, free_ports, run_id_of, run_job, said
 
 SETTINGS, ENVIRONMENT, DATA = 2, 3, 4
 
@@ -214,3 +214,20 @@ def test_model_that_is_not_there(home: Path, grid_data: Path) -> None:
     refuse(
         home, DATA, ["evaluate", "--model", "outputs/latest", "--data", str(grid_data)], "no model at outputs/latest"
     )
+
+
+@pytest.mark.timeout(600)
+def test_clip_that_breaks_while_training(home: Path, data: Path, cluster: Cluster) -> None:
+    """Found by a read task on the cluster; reported as if it had been found at the start."""
+    shard = a_train_shard(data)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = run_job(cluster.arguments(data, "broken-clip", "--no-verify"), environment(), home)
+    assert done.returncode == DATA, said(done)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("flam: error:")]
+    assert len(errors) == 1, said(done)
+    assert f"shard {shard.relative_to(data)}, clip grid-" in errors[0]
+    assert "crc32" in errors[0]
+    run = cluster.tracking.run(run_id_of(done.stdout), "broken-clip")
+    assert run.info.status == "FAILED"
