@@ -26,7 +26,7 @@ data/grid/manifest.json: | $(READY)
 	  --option agents=3 --option cells=6 --option walls=3
 
 train: $(READY) data/grid/manifest.json
-	$(RUN) jobs/train.py tiny --data data/grid
+	$(RUN) jobs/train.py tiny --data data/grid --workers 2
 
 test: $(READY)
 	$(RUN) -m pytest -m 'not slow and not rgw'

@@ -68,7 +68,9 @@ def steps_of(shard: ray.data.DataIterator, rank: int, start: int) -> Iterator[St
     what kept a read task from reading: DataError for a broken clip, EnvironmentFault for a storage that fails.
     """
     due = start
-    for block in _unwrapped(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)):  # pyright: ignore[reportArgumentType] - None is documented
+    whole_blocks: Any = None  # documented, but not in the signature
+    blocks: Iterable[Any] = shard.iter_batches(batch_size=whole_blocks, batch_format="pyarrow", prefetch_batches=2)
+    for block in blocks:
         for i in range(len(block)):
             step, owner = block["step"][i].as_py(), block["rank"][i].as_py()
             if (step, owner) != (due, rank):
@@ -81,16 +83,6 @@ def steps_of(shard: ray.data.DataIterator, rank: int, start: int) -> Iterator[St
             pixels = np.frombuffer(block["frames"][i].as_buffer(), dtype=np.uint8)
             yield StepBatch(step, pixels.reshape(block["shape"][i].as_py()), block["ids"][i].as_py())
             due += 1
-
-
-def _unwrapped(blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same blocks; an error of flam's from a read task is raised as itself, not as what Ray wraps it in."""
-    try:
-        yield from blocks
-    except Exception as error:
-        if (root := flam_cause(error)) is not None:
-            raise root from error
-        raise
 
 
 def flam_cause(error: BaseException) -> FlamError | None:

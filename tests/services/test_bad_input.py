@@ -218,12 +218,13 @@ def test_model_that_is_not_there(home: Path, grid_data: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_clip_that_breaks_while_training(home: Path, data: Path, cluster: Cluster) -> None:
-    """Found by a read task on the cluster; reported as if it had been found at the start."""
+    """Found by a read task on the cluster, for one of two workers; reported as if it had been found at the start."""
     shard = a_train_shard(data)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = run_job(cluster.arguments(data, "broken-clip", "--no-verify"), environment(), home)
+    two = ("--workers", "2", "--worker_cpus", "0.5")
+    done = run_job(cluster.arguments(data, "broken-clip", "--no-verify", *two), environment(), home)
     assert done.returncode == DATA, said(done)
     errors = [line for line in done.stderr.splitlines() if line.startswith("flam: error:")]
     assert len(errors) == 1, said(done)

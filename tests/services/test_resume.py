@@ -89,7 +89,7 @@ def test_second_attempt_committed_the_damaged_step_again(broken: Broken) -> None
 
 def test_run_goes_on_from_the_newest_commit(broken: Broken) -> None:
     text = broken.trained.done.stdout
-    assert resumed_at(text) == [max(broken.committed_at_kill[1])]
+    assert resumed_at(text) == [max(broken.committed_at_kill[1])], said(broken.trained.done)
     assert "passed over" not in text
 
 

@@ -50,7 +50,8 @@ class Bucket:
     def keys(self, prefix: str) -> set[str]:
         """What lies below a prefix."""
         pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
-        return {item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])}
+        keys = {item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])}
+        return {key for key in keys if key and not key.endswith("/")}  # some clients mark folders by empty objects
 
     def committed(self, run_id: str) -> list[int]:
         """The steps that the index of a run's checkpoints names."""
