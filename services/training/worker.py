@@ -48,6 +48,8 @@ def train_worker(settings: dict[str, WorkerJob]) -> None:
         if (cause := flam_cause(error)) is None:
             raise
         checkpoints.leave_failure(job.run, cause)
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks wait for this one: the group is restarted, and then ends at once
 
 
 def _run(job: WorkerJob) -> None:
@@ -89,6 +91,8 @@ def _train(job: WorkerJob, trainer: Trainer, meters: _Meters, rank: int, device:
             if rank == 0:
                 checkpoints.save(job.run, trainer.step, **trainer.state())  # type: ignore[arg-type]
         waited_from = time.perf_counter()
+    if trainer.step < trainer.total_steps:
+        raise RuntimeError(f"the feed ended at step {trainer.step} of {trainer.total_steps}")
 
 
 class _Meters:
