@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,14 @@ def save(run: Location, step: int, model: bytes, optimizer: bytes, meta: dict[st
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     write_bytes(folder / "COMMIT", canonical_json(digests).encode())
     steps = sorted({*_committed(run), step})
-    write_bytes(run / "checkpoints" / "index.json", canonical_json(steps[-_KEEP:]).encode())
-    for old in steps[:-_KEEP]:
-        run.fs.delete_dir((run / "checkpoints" / _name(old)).path)
+    index = run / "checkpoints" / "index.json"
+    write_bytes(index, canonical_json(steps).encode())
+    if outdated := steps[:-_KEEP]:
+        for old in outdated:
+            with suppress(FileNotFoundError):  # deleted by a save that was killed before it could say so
+                run.fs.delete_dir((run / "checkpoints" / _name(old)).path)
+        # Only now are they forgotten: a kill before this leaves them named, and the next save deletes them.
+        write_bytes(index, canonical_json(steps[-_KEEP:]).encode())
 
 
 def newest(run: Location) -> Checkpoint | None:
