@@ -48,7 +48,8 @@ class Encoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         features = self.layers(frames).movedim(1, -1)
-        return F.layer_norm(features.float(), features.shape[-1:]).movedim(-1, 1)
+        exact = features.to(torch.promote_types(features.dtype, torch.float32))  # not in bf16
+        return F.layer_norm(exact, exact.shape[-1:]).movedim(-1, 1)
 
 
 class Decoder(nn.Module):
