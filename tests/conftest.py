@@ -30,7 +30,7 @@ S3_ENVIRONMENT = {
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Callable[[], str]]:
-    """A moto server in a process of its own; the environment points every S3 client of this session at it.
+    """A moto server in a process of its own; the environment points every S3 client of the test run at it.
 
     Gives a function that makes a new, empty bucket and returns its name.
     """

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
+from flam_core.data.order import Window
 from flam_core.data.shard import decode_clip, read_row_group
 from flam_core.errors import DataError, FlamError, pack
 from services.feed.plan import FeedPlan
@@ -42,11 +43,12 @@ def read_steps(plan: FeedPlan, rank: int, steps: range) -> pa.Table:
     for shard, group, row in sorted({(w.shard, w.row_group, w.row) for ws in needed.values() for w in ws}):
         table = _row_group(plan.data, shard, group)
         clips[shard, group, row] = decode_clip(table.slice(row, 1).to_pylist()[0], shard)
-    return pa.Table.from_pylist([_row(plan, rank, step, clips) for step in steps], schema=SCHEMA)
+    return pa.Table.from_pylist([_row(plan, rank, step, needed[step], clips) for step in steps], schema=SCHEMA)
 
 
-def _row(plan: FeedPlan, rank: int, step: int, clips: dict[tuple[str, int, int], np.ndarray]) -> dict[str, object]:
-    windows = plan.windows(step, rank)
+def _row(
+    plan: FeedPlan, rank: int, step: int, windows: list[Window], clips: dict[tuple[str, int, int], np.ndarray]
+) -> dict[str, object]:
     length = plan.stages[plan.stage_of(step)[0]].clip_frames
     frames = np.stack([clips[w.shard, w.row_group, w.row][w.start : w.start + length] for w in windows])
     if frames.shape[2:4] != plan.manifest.frame_size:

@@ -177,7 +177,7 @@ def ray_head(s3_server: Callable[[], str], tmp_path_factory: pytest.TempPathFact
 
 
 def storage_environment() -> dict[str, str]:
-    """What leads S3 clients to this session's server."""
+    """What leads S3 clients to the test run's server."""
     return {**S3_ENVIRONMENT, **{k: os.environ[k] for k in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")}}
 
 

@@ -154,7 +154,7 @@ def test_model_loads_in_a_fresh_process_without_pickle(
     smoke_run: Trained, mlflow_server: Tracking, tmp_path: Path, by: str
 ) -> None:
     name, version = smoke_run.address.removeprefix("models:/").split("/")
-    if by == "alias":  # other runs of this session register versions of the same model: the newest has the alias
+    if by == "alias":  # other runs of the suite register versions of the same model: the newest has the alias
         version = mlflow_server.client.get_model_version_by_alias(name, "candidate").version
     address = smoke_run.address if by == "version" else f"models:/{name}@candidate"
     tags = mlflow_server.client.get_model_version(name, version).tags
