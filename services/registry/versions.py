@@ -7,7 +7,8 @@ import importlib.metadata
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -17,9 +18,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from flam_core.errors import DataError, EnvironmentFault
+from flam_core.errors import DataError
 from flam_core.saved_model import CONFIG, WEIGHTS
-from services.tracking.run import RunInfo, check_server, default_tracking_uri
+from services.tracking import RunInfo, check_server, default_tracking_uri, refusals
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("torch", "safetensors", "einops", "numpy", "mlflow")
@@ -32,43 +33,54 @@ def register(run: RunInfo, name: str, folder: Path, example: np.ndarray, tags: M
     weights' sha256, and the alias `candidate`. Registering the same run's weights again returns the version there is.
     Raises EnvironmentFault if MLflow refuses.
     """
+    refused = refusals(
+        run.tracking_uri,
+        f"did not register {name}",
+        fix="Check the server and its artifact store, then run the same command again: training is not repeated.",
+    )
+    with refused, _tracking_uri(run.tracking_uri):
+        return _register(mlflow.MlflowClient(run.tracking_uri), run, name, folder, example, tags)
+
+
+def _register(
+    client: mlflow.MlflowClient, run: RunInfo, name: str, folder: Path, example: np.ndarray, tags: Mapping[str, str]
+) -> str:
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    client = mlflow.MlflowClient(run.tracking_uri)
-    previous = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(run.tracking_uri)
-    try:
-        known = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
-        for version in known:
-            if version.tags.get("weights_sha256") == digest:
-                return str(version.version)
-        spec = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]), "frames")
-        output = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]))
-        with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
-            # A signature is given; an example as well would be stored as megabytes of JSON.
-            warnings.simplefilter("ignore", UserWarning)
-            info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(_CODE),
-                artifacts={"flam": str(folder)},
-                signature=ModelSignature(Schema([spec]), Schema([output])),
-                pip_requirements=[f"{p}=={importlib.metadata.version(p).split('+')[0]}" for p in _REQUIREMENTS],
-                code_paths=[str(Path(__file__).parents[2] / "flam_core")],
-            )
-        client.set_registered_model_tag(_ensure_model(client, name), "source", "flam")
-        version = client.create_model_version(
-            name,
-            info.model_uri,
-            run_id=run.run_id,
-            tags={**tags, "weights_sha256": digest, "flam_run": run.name},
-            model_id=info.model_id,  # a server refuses a logged model as source without it
+    for known in client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
+        if known.tags.get("weights_sha256") == digest:
+            return str(known.version)
+    spec = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]), "frames")
+    output = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]))
+    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
+        # A signature is given; an example as well would be stored as megabytes of JSON.
+        warnings.simplefilter("ignore", UserWarning)
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(_CODE),
+            artifacts={"flam": str(folder)},
+            signature=ModelSignature(Schema([spec]), Schema([output])),
+            pip_requirements=[f"{p}=={importlib.metadata.version(p).split('+')[0]}" for p in _REQUIREMENTS],
+            code_paths=[str(Path(__file__).parents[2] / "flam_core")],
         )
-        client.set_registered_model_alias(name, "candidate", version.version)
-        return str(version.version)
-    except (MlflowException, OSError) as error:
-        raise EnvironmentFault(
-            f"MLflow at {run.tracking_uri} did not register {name}: {str(error).splitlines()[0]}",
-            fix="Check the server and its artifact store, then run the same command again: training is not repeated.",
-        ) from error
+    client.set_registered_model_tag(_ensure_model(client, name), "source", "flam")
+    version = client.create_model_version(
+        name,
+        info.model_uri,
+        run_id=run.run_id,
+        tags={**tags, "weights_sha256": digest, "flam_run": run.name},
+        model_id=info.model_id,  # a server refuses a logged model as source without it
+    )
+    client.set_registered_model_alias(name, "candidate", version.version)
+    return str(version.version)
+
+
+@contextmanager
+def _tracking_uri(uri: str) -> Iterator[None]:
+    """MLflow's fluent calls, which log_model needs, go to a global address."""
+    previous = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
     finally:
         mlflow.set_tracking_uri(previous)
 

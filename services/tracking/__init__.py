@@ -1,5 +1,5 @@
 """Tracking: one MLflow run per logical flam run, reopened on resume, with no step logged twice."""
 
-from services.tracking.run import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
+from services.tracking.run import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run, refusals
 
-__all__ = ["RunInfo", "TrackedRun", "check_server", "default_tracking_uri", "open_run"]
+__all__ = ["RunInfo", "TrackedRun", "check_server", "default_tracking_uri", "open_run", "refusals"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,7 +57,7 @@ def open_run(
     Raises EnvironmentFault if MLflow does not answer there.
     """
     check_server(tracking_uri)
-    try:
+    with refusals(tracking_uri, "refuses to open the run", fix="Check --tracking or MLFLOW_TRACKING_URI."):
         client = mlflow.MlflowClient(tracking_uri)
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifacts(tracking_uri))
@@ -72,20 +73,20 @@ def open_run(
         client.log_batch(run_id, params=new[:100], tags=[RunTag(k, v) for k, v in sorted(tags.items())])
         for start in range(100, len(new), 100):
             client.log_batch(run_id, params=new[start : start + 100])
-    except (MlflowException, OSError) as error:
-        raise EnvironmentFault(
-            f"MLflow at {tracking_uri} refused: {_first_line(error)}", fix="Check --tracking or MLFLOW_TRACKING_URI."
-        ) from error
     return RunInfo(tracking_uri, experiment, run_id, name)
 
 
 class TrackedRun:
-    """Writes to a run that `open_run` gave. Metrics are buffered; `flush` sends them."""
+    """Writes to a run that `open_run` gave. Metrics are buffered; `flush` sends them.
+
+    Every method raises EnvironmentFault if MLflow does not answer or refuses; what is buffered is not lost then.
+    """
 
     def __init__(self, info: RunInfo) -> None:
         self.info = info
         self._client = mlflow.MlflowClient(info.tracking_uri)
-        history = self._client.get_metric_history(info.run_id, STEP_METRIC)
+        with refusals(info.tracking_uri, "does not give the run's history"):
+            history = self._client.get_metric_history(info.run_id, STEP_METRIC)
         self._logged = max((point.step for point in history), default=-1)
         self._buffer: list[Metric] = []
 
@@ -99,43 +100,54 @@ class TrackedRun:
         self._buffer += [Metric(key, value, now, step) for key, value in values.items()]
 
     def flush(self) -> None:
-        """Send what is buffered. Raises EnvironmentFault if MLflow does not take it; nothing is lost then."""
-        try:
+        """Send what is buffered."""
+        with refusals(self.info.tracking_uri, "does not take metrics"):
             while self._buffer:
                 self._client.log_batch(self.info.run_id, metrics=self._buffer[:_BATCH])
                 del self._buffer[:_BATCH]
-        except (MlflowException, OSError) as error:
-            raise EnvironmentFault(
-                f"MLflow at {self.info.tracking_uri} does not take metrics: {_first_line(error)}",
-                fix="Bring it back and run the same command again: it resumes.",
-            ) from error
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Log the final metrics of the run, at step 0, replacing none of the curves; those that are there stay."""
         now = int(time.time() * 1000)
-        known = self._client.get_run(self.info.run_id).data.metrics
-        named = {key.replace("@", "_at_"): value for key, value in metrics.items()}
-        batch = [Metric(key, value, now, 0) for key, value in named.items() if key not in known]
-        for start in range(0, len(batch), _BATCH):
-            self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
+        with refusals(self.info.tracking_uri, "does not take metrics"):
+            known = self._client.get_run(self.info.run_id).data.metrics
+            named = {key.replace("@", "_at_"): value for key, value in metrics.items()}
+            batch = [Metric(key, value, now, 0) for key, value in named.items() if key not in known]
+            for start in range(0, len(batch), _BATCH):
+                self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
 
     def artifacts(self, folder: Path, path: str, *, leave_out: Collection[str] = ()) -> None:
         """Upload the files of a folder, but those that `leave_out` names, as artifacts below `path`."""
-        for entry in sorted(folder.iterdir()):
-            if entry.name in leave_out:
-                continue
-            if entry.is_dir():
-                self._client.log_artifacts(self.info.run_id, str(entry), f"{path}/{entry.name}")
-            else:
-                self._client.log_artifact(self.info.run_id, str(entry), path)
+        with refusals(self.info.tracking_uri, "does not take artifacts"):
+            for entry in sorted(folder.iterdir()):
+                if entry.name in leave_out:
+                    continue
+                if entry.is_dir():
+                    self._client.log_artifacts(self.info.run_id, str(entry), f"{path}/{entry.name}")
+                else:
+                    self._client.log_artifact(self.info.run_id, str(entry), path)
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
-        self._client.log_batch(self.info.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        with refusals(self.info.tracking_uri, "does not take tags"):
+            self._client.log_batch(self.info.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the run truly."""
-        self._client.set_terminated(self.info.run_id, RunStatus.to_string(RunStatus.from_string(status)))
+        with refusals(self.info.tracking_uri, "does not end the run"):
+            self._client.set_terminated(self.info.run_id, RunStatus.to_string(RunStatus.from_string(status)))
+
+
+@contextmanager
+def refusals(
+    tracking_uri: str, what: str, *, fix: str = "Bring it back and run the same command again: it resumes."
+) -> Iterator[None]:
+    """Raises EnvironmentFault, one line, for what MLflow and the network under it raise inside."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentFault(f"MLflow at {tracking_uri} {what}: {reason}", fix=fix) from error
 
 
 def check_server(tracking_uri: str) -> None:
@@ -170,7 +182,3 @@ def _artifacts(tracking_uri: str) -> str | None:
     if not tracking_uri.startswith("sqlite:///"):
         return None
     return str(Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

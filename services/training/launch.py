@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from flam_core.config import Config, canonical_json, differing_fields, to_dict
 from flam_core.data.manifest import Manifest, read_manifest
 from flam_core.data.shard import verify_shard
-from flam_core.errors import EnvironmentFault, SettingsError, TrainingFailed
+from flam_core.errors import EnvironmentFault, FlamError, SettingsError, TrainingFailed
 from flam_core.recipes import get_recipe
 from services.feed import FeedPlan, StagePlan, flam_cause, make_dataset
 from services.storage import Location, resolve
@@ -142,16 +142,17 @@ def train(prepared: Prepared) -> RunResult:
         # From here on things are written: all that can be found missing beforehand has been.
         checkpoints.claim(prepared.run, config, prepared.manifest.sha256)
         tracking = _open_run(prepared, tracking_uri)
-        status = "FAILED"
         try:
             _fit(prepared, tracking)
             done = _finish(prepared, tracking)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
+        except BaseException as error:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            try:
+                TrackedRun(tracking).finish(status)
+            except FlamError as unreachable:  # MLflow may be what failed; the first error is the one to show
+                print(f"the run could not be marked {status}: {unreachable}", flush=True)
             raise
-        finally:
-            TrackedRun(tracking).finish(status)
+        TrackedRun(tracking).finish("FINISHED")
     finally:
         if started:
             ray.shutdown()

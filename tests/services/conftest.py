@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,10 +210,9 @@ class Tracking:
         }
 
 
-@pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
-    """An MLflow server on SQLite that takes artifacts into a folder of its own."""
-    folder = tmp_path_factory.mktemp("mlflow")
+@contextmanager
+def running_mlflow(folder: Path) -> Iterator[tuple[Tracking, subprocess.Popen[bytes]]]:
+    """An MLflow server on SQLite that keeps everything in `folder`, and its process, to be killed."""
     (port,) = free_ports(1)
     log, artifacts = folder / "log.txt", folder / "artifacts"
     options = {
@@ -234,9 +233,16 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
         )
     try:
         wait_for_page(f"http://127.0.0.1:{port}/health", server, log, 120)
-        yield Tracking(f"http://127.0.0.1:{port}", artifacts)
+        yield Tracking(f"http://127.0.0.1:{port}", artifacts), server
     finally:
         kill_group(server)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
+    """An MLflow server that outlives the tests."""
+    with running_mlflow(tmp_path_factory.mktemp("mlflow")) as (tracking, _):
+        yield tracking
 
 
 GRID = ("--world", "grid", "--size", "48", "--episodes", "40", "--frames", "64", "--option", "agents=3")
