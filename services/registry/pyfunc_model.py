@@ -30,10 +30,10 @@ class FlamPyfunc(PythonModel):
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride] - the stub says None
         self,
         context: PythonModelContext,
-        model_input: np.ndarray | dict[str, np.ndarray],
+        model_input,  # noqa: ANN001 - MLflow would take a type here for its schema, and warn that it is none it knows
         params: dict[str, Any] | None = None,
     ) -> np.ndarray:
-        """See the module's docstring."""
+        """See the module's docstring. `model_input`: the array, or a dict with it under `frames`."""
         # MLflow puts the array under the name that the signature gives it.
         video = model_input["frames"] if isinstance(model_input, dict) else model_input
         frames = torch.from_numpy(np.ascontiguousarray(video))
