@@ -156,6 +156,10 @@ class StageConfig:
     """Clips of the global batch, whatever the number of workers."""
     clip_frames: int
     """Frames of a clip."""
+    frame_skip: int = 1
+    """Distance of these frames in the video: 2 takes every other one."""
+    window_stride: int | None = None
+    """Frames from one clip to the next in the same video; None: they touch, and no frame is in two."""
     learning_rate: float = 1e-4
     """Peak of the AdamW learning rate."""
     weight_decay: float = 0.0
@@ -166,7 +170,9 @@ class StageConfig:
     """Gradients are clipped to this norm."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_clips", "clip_frames"):
+        if self.window_stride is not None and self.window_stride < 1:
+            raise SettingsError(f"window_stride = {self.window_stride} in a stage", fix="It must be at least 1.")
+        for name in ("steps", "batch_clips", "clip_frames", "frame_skip"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)} in a stage", fix="It must be at least 1.")
         if not (self.learning_rate > 0 and self.clip_norm > 0):  # so said, it also catches nan

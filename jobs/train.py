@@ -62,6 +62,11 @@ def show(result: RunResult) -> None:
     }
     rows["ceiling psnr"] = f"{result.metrics['ceiling/psnr']:.2f} dB"
     rows |= {f"DCI {k.upper()}": f"{result.metrics[f'dci/{k}']:.3f}" for k in "dci" if f"dci/{k}" in result.metrics}
+    rows["frames/s"] = f"{result.feed['frames_per_second']:.0f}"
+    rows["waited for data"] = f"{result.feed['data_wait_share']:.1%} of the time"
+    rows["spilled"] = f"{result.feed['spilled_bytes']:.0f} bytes"
+    if result.feed["broken_clips"]:
+        rows["broken clips"] = f"{result.feed['broken_clips']:.0f} left out: {result.run / 'quarantine.json'}"
     rows["report"] = str(result.outputs / "report.html")
     rows["model"] = result.model_address or str(result.outputs / "model")
     table(f"run {result.run_id}", rows)

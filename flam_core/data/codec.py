@@ -1,6 +1,7 @@
-"""How the frames of a clip become the bytes of a row. Each row names its codec, so codecs may be mixed and added.
+"""How the frames of a clip become the bytes of a row. Each row names its codec, so codecs may be added.
 
 zstd is lossless and decodes fast enough to sit beside the trainer; rendered video takes about as little as with H.264.
+Camera video does not: `codec_choice` measures which one a source wants.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Protocol
 import numpy as np
 import zstandard
 
+from flam_core.data.camera_codecs import H264_420, H264_444, Jpeg
 from flam_core.errors import DataError
 
-_ZSTD_LEVEL = 3  # higher levels cost time and win little on rendered frames
+_ZSTD_LEVEL = 3  # higher levels cost time and win little on rendered frames; lower ones lose much above 256 pixels
 
 
 class Codec(Protocol):
@@ -23,12 +25,25 @@ class Codec(Protocol):
         """As stored in a row's `codec` column."""
         ...
 
+    @property
+    def heavy(self) -> bool:
+        """True if decoding takes more than a core beside the trainer can give: it belongs on CPU nodes."""
+        ...
+
+    @property
+    def lossless(self) -> bool:
+        """True if `decode` gives exactly the frames that `encode` was given."""
+        ...
+
     def encode(self, frames: np.ndarray) -> bytes:
-        """The payload of a clip, uint8 [T, H, W, 3]."""
+        """The payload of a clip, uint8 [T, H, W, 3]. Equal clips give equal payloads."""
         ...
 
     def decode(self, payload: bytes | memoryview, frames: int, height: int, width: int) -> np.ndarray:
-        """The clip, read-only uint8 [frames, height, width, 3]. Raises DataError if the payload is not that."""
+        """The clip, read-only uint8 [frames, height, width, 3]. Raises DataError if the payload is not that.
+
+        Equal payloads give equal frames, on any machine and in any number of threads.
+        """
         ...
 
 
@@ -36,6 +51,8 @@ class Zstd:
     """Lossless: one zstd frame over the whole clip, so that a still background costs next to nothing."""
 
     name = "zstd"
+    heavy = False
+    lossless = True
 
     def encode(self, frames: np.ndarray) -> bytes:
         """See `Codec.encode`."""
@@ -56,7 +73,33 @@ class Zstd:
         return np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
 
 
-_CODECS: dict[str, Codec] = {Zstd.name: Zstd()}
+class Raw:
+    """The pixels as they are. Not for data sets: it carries within a run what was decoded already."""
+
+    name = "raw"
+    heavy = False
+    lossless = True
+
+    def encode(self, frames: np.ndarray) -> bytes:
+        """See `Codec.encode`."""
+        return frames.tobytes()
+
+    def decode(self, payload: bytes | memoryview, frames: int, height: int, width: int) -> np.ndarray:
+        """See `Codec.decode`. A view of `payload`."""
+        shape = (frames, height, width, 3)
+        expected = frames * height * width * 3
+        if len(payload) != expected:
+            raise DataError(f"raw payload has {len(payload)} bytes, a clip of {shape} has {expected}")
+        pixels = np.frombuffer(payload, dtype=np.uint8).reshape(shape)
+        pixels.flags.writeable = False
+        return pixels
+
+
+_STORED: tuple[Codec, ...] = (Zstd(), H264_420, H264_444, Jpeg())
+_CODECS = {codec.name: codec for codec in (*_STORED, Raw())}
+
+STORED_CODECS = tuple(codec.name for codec in _STORED)
+"""Names of the codecs that a data set may be stored with."""
 
 
 def get_codec(name: str) -> Codec:

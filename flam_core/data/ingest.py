@@ -1,39 +1,30 @@
 """Makes a data set of a source: cuts episodes into clips, assigns splits, writes shards, and last the manifest.
 
 Until the manifest is there, there is no data set: shards are written below `.incoming/`, renamed when all of them are
-whole, and the manifest follows. A failed ingest deletes what it wrote; one that was killed leaves files below
-`.incoming/`, which the next one that succeeds clears away. Equal source, options and seed give equal bytes.
+whole, and the manifest follows (see `publish`). Equal source, options and seed give equal bytes.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, chain, zip_longest
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import FileSystem
 
-from flam_core.data.codec import Codec, get_codec
-from flam_core.data.manifest import (
-    MANIFEST_NAME,
-    NAME_PATTERN,
-    QUARANTINE_NAME,
-    SPLITS,
-    Manifest,
-    one_line,
-    read_manifest,
-    write_manifest,
-)
-from flam_core.data.shard import SCHEMA, ShardWriter, WrittenShard, encode_clip
+from flam_core.data.codec import STORED_CODECS, Codec, Zstd, get_codec
+from flam_core.data.codec_choice import CodecChoice, choose_codec
+from flam_core.data.manifest import NAME_PATTERN, SPLITS, Manifest, one_line
+from flam_core.data.publish import Publication, another, in_the_way
+from flam_core.data.shard import SCHEMA, Clip, ShardWriter, WrittenShard, encode_clip
 from flam_core.data.sources import FolderSource, Recording, Source, WorldSource
 from flam_core.data.videos import BadVideo, VideoOptions
 from flam_core.errors import DataError, EnvironmentFault, SettingsError
@@ -42,8 +33,10 @@ from flam_core.worlds.base import World
 Progress = Callable[[int, int | None], None]
 """Called after each clip with the frames read so far, and all there will be at most, if known."""
 
-_INCOMING = ".incoming"
 _SPOOL_BYTES = 64 << 20  # encoded clips of one episode held in memory; more of them wait on the local disk
+_SAMPLE_CLIPS = 8
+_SAMPLE_BYTES = 64 << 20  # pixels; a first clip that is larger is the whole sample
+_HELD_BYTES = 256 << 20  # pixels read ahead for the sample and held, since a source need not be able to go back
 _REASONS_SHOWN = 20
 
 
@@ -55,7 +48,8 @@ class IngestOptions:
     """Frames of a clip; None takes 128 for frames up to 96 pixels and 64 above."""
     min_clip_frames: int = 16
     """The end of an episode that is shorter than this is dropped and counted; otherwise it is a clip of its own."""
-    codec: str = "zstd"
+    codec: Literal["auto", "zstd", "h264", "h264-444", "jpeg"] = "auto"
+    """How clips are coded. auto measures all of them on the first clips; zstd alone is lossless."""
     shard_bytes: int = 128 << 20
     """A shard ends before it would be larger."""
     row_group_bytes: int = 8 << 20
@@ -76,7 +70,10 @@ class IngestOptions:
         for name in ("shard_bytes", "row_group_bytes", "row_group_clips"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"ingest: {name} = {getattr(self, name)}", fix="Choose 1 or more.")
-        get_codec(self.codec)
+        if self.codec not in ("auto", *STORED_CODECS):
+            raise SettingsError(
+                f"ingest: codec = {self.codec!r}", fix=f"Choose auto or one of {', '.join(STORED_CODECS)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,8 @@ class IngestReport:
     """Files and episodes left out, as in `quarantine.json`; paths are relative to the source."""
     dropped_frames: int
     """Frames read but not stored, since too few were left for a clip. Those of damaged files are not counted."""
+    codec_choice: CodecChoice | None
+    """What was measured and chosen; None if the options name the codec."""
 
     @property
     def clips(self) -> int:
@@ -161,39 +160,33 @@ def ingest(
     started = time.perf_counter()
     root = path.rstrip("/")
     plan = _Plan.of(source, seed, name, options)
-    previous = _in_the_way(fs, root, plan, options)
-    staging = f"{root}/{_INCOMING}/{uuid.uuid4().hex}"
+    previous = in_the_way(
+        fs, root, name=plan.name, source=plan.source, settings=plan.settings, overwrite=options.overwrite
+    )
+    place = Publication(fs, root, previous)
     sizes = {key: getattr(options, key) for key in ("shard_bytes", "row_group_bytes", "row_group_clips")}
-    writers = {split: ShardWriter(fs, staging, split, **sizes) for split in SPLITS}
+    writers = {split: ShardWriter(fs, place.staging, split, **sizes) for split in SPLITS}
     tally = _Tally(on_progress, source.frames)
-    placed: list[str] = []
-    made = [] if fs.type_name == "s3" else _absent(fs, root)
     try:
-        if fs.type_name != "s3":  # a bucket has no folders to make
-            fs.create_dir(staging)
-            fs.create_dir(f"{root}/shards")
-        _write_clips(source, plan, options, writers, tally)
+        place.prepare()
+        recordings, codec, choice = _with_codec(source, plan, options)
+        _write_clips(recordings, codec, split_labels(source.episodes, seed), plan, options, writers, tally)
         written = [shard for split in SPLITS for shard in writers[split].close()]
-        manifest = _manifest(plan, tally, written)
+        manifest = _manifest(plan, codec, tally, written)
         if previous is not None and previous.sha256 != manifest.sha256 and not options.overwrite:
-            raise _different(root)
-        for shard in written:
-            fs.move(shard.path, f"{root}/{shard.shard.name}")
-            placed.append(shard.shard.name)
-        with fs.open_output_stream(f"{root}/{QUARANTINE_NAME}") as stream:
-            stream.write(json.dumps([asdict(bad) for bad in tally.bad], indent=1).encode() + b"\n")
-        write_manifest(fs, root, manifest)
+            raise another(root)
+        place.publish(manifest, written, tally.bad)
     except BaseException as error:  # also on Ctrl-C
         for writer in writers.values():
             writer.abort()
-        _take_back(fs, root, staging, placed, previous, made)
+        place.take_back()
         if isinstance(error, OSError):
             raise EnvironmentFault(
                 f"cannot write the data set at {root}: {one_line(error)}", fix="Check storage, access and free space."
             ) from error
         raise
-    _clear(fs, root, manifest, previous)
-    return IngestReport(manifest, time.perf_counter() - started, tuple(tally.bad), tally.dropped_frames)
+    place.clear(manifest)
+    return IngestReport(manifest, time.perf_counter() - started, tuple(tally.bad), tally.dropped_frames, choice)
 
 
 @dataclass(frozen=True)
@@ -206,7 +199,6 @@ class _Plan:
     settings: dict[str, str | int | float | bool | None]
     frame_size: tuple[int, int]
     clip_frames: int
-    seed: int
 
     @staticmethod
     def of(source: Source, seed: int, name: str | None, options: IngestOptions) -> _Plan:
@@ -227,7 +219,7 @@ class _Plan:
             )
         settings = {key: value for key, value in asdict(options).items() if key != "overwrite"}
         settings |= {"clip_frames": clip_frames, "seed": seed, **source.settings}
-        return _Plan(name, source.description, source.licence, settings, source.frame_size, clip_frames, seed)
+        return _Plan(name, source.description, source.licence, settings, source.frame_size, clip_frames)
 
 
 @dataclass
@@ -269,13 +261,55 @@ def split_labels(episodes: int | None, seed: int) -> Iterator[str]:
         yield from (block[i] for i in rng.permutation(size))
 
 
+def _with_codec(
+    source: Source, plan: _Plan, options: IngestOptions
+) -> tuple[Iterator[Recording], Codec, CodecChoice | None]:
+    """All recordings, the codec for them, and how it was chosen if the options leave that to be measured."""
+    recordings = source.recordings(plan.clip_frames)
+    if options.codec != "auto":
+        return recordings, get_codec(options.codec), None
+    sample, recordings = _sampled(recordings, options.min_clip_frames)
+    if not sample:  # no clip will be stored: the end of the reading says why
+        return recordings, Zstd(), None
+    choice = choose_codec(sample)
+    return recordings, get_codec(choice.codec), choice
+
+
+def _sampled(recordings: Iterator[Recording], shortest: int) -> tuple[list[np.ndarray], Iterator[Recording]]:
+    """Clips of the first recordings, the first of each if memory lets so many be read ahead; and all recordings."""
+    begun: list[Recording] = []
+    usable: list[list[np.ndarray]] = []
+    held = 0
+    for recording in recordings:
+        clips: list[Clip | BadVideo] = []
+        begun.append(replace(recording, clips=chain(clips, recording.clips)))
+        for clip in recording.clips:  # to its end: the next recording may follow it in one file
+            clips.append(clip)
+            held += clip.frames.nbytes if isinstance(clip, Clip) else 0
+            if held >= _HELD_BYTES:
+                break
+        good = [clip.frames for clip in clips if isinstance(clip, Clip) and len(clip.frames) >= shortest]
+        if good and not isinstance(clips[-1], BadVideo):
+            usable.append(good)
+        if len(usable) == _SAMPLE_CLIPS or held >= _HELD_BYTES:
+            break
+    in_turn = [frames for clips in zip_longest(*usable) for frames in clips if frames is not None]
+    sizes = accumulate(frames.nbytes for frames in in_turn)
+    fit = sum(size <= _SAMPLE_BYTES for size in sizes)
+    return in_turn[: min(_SAMPLE_CLIPS, max(1, fit))], chain(begun, recordings)
+
+
 def _write_clips(
-    source: Source, plan: _Plan, options: IngestOptions, writers: dict[str, ShardWriter], tally: _Tally
+    recordings: Iterator[Recording],
+    codec: Codec,
+    labels: Iterator[str],
+    plan: _Plan,
+    options: IngestOptions,
+    writers: dict[str, ShardWriter],
+    tally: _Tally,
 ) -> None:
     """Read every recording and give the rows of the good ones to the writer of their split."""
-    labels = split_labels(source.episodes, plan.seed)
-    codec = get_codec(options.codec)
-    for recording in source.recordings(plan.clip_frames):
+    for recording in recordings:
         # A file may turn out to be damaged at its end, so its rows wait here until it was read to the end.
         with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
             with pa.ipc.new_stream(spool, SCHEMA) as rows:
@@ -308,7 +342,8 @@ def _encode(
         rows.write_batch(encode_clip(clip, codec))
         kept += len(clip.frames)
         tally.rates.add(clip.fps)
-        tally.has_truth &= clip.truth is not None
+        truth = clip.truth
+        tally.has_truth &= truth is not None and truth.actions is not None and truth.positions is not None
     tally.dropped_frames += length - kept
     if kept:
         return None
@@ -330,13 +365,14 @@ def _check_enough(episodes: int, bad: list[BadVideo]) -> None:
     )
 
 
-def _manifest(plan: _Plan, tally: _Tally, written: list[WrittenShard]) -> Manifest:
+def _manifest(plan: _Plan, codec: Codec, tally: _Tally, written: list[WrittenShard]) -> Manifest:
     shards = tuple(entry.shard for entry in written)
     return Manifest(
         name=plan.name,
         source=plan.source,
         licence=plan.licence,
         settings=plan.settings,
+        codec=codec.name,
         frame_size=plan.frame_size,
         fps=next(iter(tally.rates)) if len(tally.rates) == 1 else None,
         has_truth=tally.has_truth,
@@ -345,65 +381,3 @@ def _manifest(plan: _Plan, tally: _Tally, written: list[WrittenShard]) -> Manife
         frames=sum(shard.frames for shard in shards),
         shards=shards,
     )
-
-
-def _in_the_way(fs: FileSystem, root: str, plan: _Plan, options: IngestOptions) -> Manifest | None:
-    """The manifest that is there already. Raises DataError at once if it is of something else and must be kept."""
-    try:
-        if fs.get_file_info(f"{root}/{MANIFEST_NAME}").type == FileType.NotFound:
-            return None
-        previous = read_manifest(fs, root)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot look at {root}: {one_line(error)}", fix="Check storage and access.") from error
-    except DataError:
-        if options.overwrite:
-            return None
-        raise
-    same = (previous.name, previous.source, dict(previous.settings)) == (plan.name, plan.source, plan.settings)
-    if not same and not options.overwrite:
-        raise _different(root)
-    return previous
-
-
-def _different(root: str) -> DataError:
-    return DataError(f"another data set is at {root}", fix="Choose another place, or overwrite it.")
-
-
-def _absent(fs: FileSystem, root: str) -> list[str]:
-    """The folders above `root` that are not there yet, the deepest first."""
-    folders = [str(folder) for folder in PurePosixPath(root).parents]
-    try:
-        return [folder for folder in folders if fs.get_file_info(folder).type == FileType.NotFound]
-    except OSError:
-        return []  # making them will say what is wrong
-
-
-def _take_back(
-    fs: FileSystem, root: str, staging: str, placed: list[str], previous: Manifest | None, made: list[str]
-) -> None:
-    """Delete what a failed ingest left, but nothing of a data set that was there, nor of another ingest.
-
-    What cannot be deleted is left: the error that came first is the one to report.
-    """
-    kept = set() if previous is None else {shard.name for shard in previous.shards}
-    gone = [name for name in placed if name not in kept] + ([QUARANTINE_NAME] if previous is None else [])
-    for name in gone:
-        with suppress(OSError):
-            fs.delete_file(f"{root}/{name}")
-    with suppress(OSError):
-        fs.delete_dir(staging)
-    for folder in (f"{root}/{_INCOMING}", f"{root}/shards", root, *made):
-        with suppress(OSError):
-            if not fs.get_file_info(FileSelector(folder)):
-                fs.delete_dir(folder)
-
-
-def _clear(fs: FileSystem, root: str, manifest: Manifest, previous: Manifest | None) -> None:
-    """Delete what the new data set does not need. What cannot be deleted is only in the way, so it is left."""
-    names = {shard.name for shard in manifest.shards}
-    for shard in previous.shards if previous is not None else ():
-        if shard.name not in names:
-            with suppress(OSError):
-                fs.delete_file(f"{root}/{shard.name}")
-    with suppress(OSError):
-        fs.delete_dir(f"{root}/{_INCOMING}")

@@ -18,9 +18,10 @@ from typing import ClassVar
 from pyarrow.fs import FileSystem
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from flam_core.data.codec import STORED_CODECS
 from flam_core.errors import DataError, EnvironmentFault
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.json"
@@ -78,6 +79,8 @@ class Manifest:
     licence: str
     settings: Mapping[str, str | int | float | bool | None]
     """How it was ingested: equal source and settings give an equal manifest."""
+    codec: str
+    """How every clip is coded: what was measured to be best, if the settings ask for `auto`."""
     frame_size: tuple[int, int]
     """(height, width) of every frame in pixels."""
     fps: float | None
@@ -93,10 +96,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise DataError(
-                f"manifest: schema version {self.schema_version}, this flam reads version {SCHEMA_VERSION}",
-                fix="Use the flam that wrote the data set, or ingest it anew.",
-            )
+            raise _other_version(self.schema_version)
         clips = Counter[str]()
         for shard in self.shards:
             clips[shard.split] += shard.clips
@@ -105,6 +105,7 @@ class Manifest:
                 NAME_PATTERN.fullmatch(self.name),
                 f"name {self.name!r} has characters it must not have",
             ),
+            (self.codec in STORED_CODECS, f"codec {self.codec!r} is none of {', '.join(STORED_CODECS)}"),
             (min(self.frame_size) > 0, f"frame_size is {self.frame_size}"),
             (self.fps is None or self.fps > 0, f"fps is {self.fps}"),
             (tuple(sorted(self.episodes)) == tuple(sorted(SPLITS)), f"episodes names {sorted(self.episodes)}"),
@@ -143,6 +144,10 @@ class Manifest:
         try:
             return _ADAPTER.validate_json(text)
         except ValidationError as error:
+            # Another version has other fields, and its number says more than the first that differs.
+            version = _version(text)
+            if version is not None and version != SCHEMA_VERSION:
+                raise _other_version(version) from error
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise DataError(f"manifest: {where}: {first['msg']}", fix=_DAMAGED) from error
@@ -150,6 +155,23 @@ class Manifest:
 
 _ADAPTER = TypeAdapter(Manifest)
 _DAMAGED = "The manifest is damaged or not flam's: ingest the data set again."
+
+
+def _version(text: bytes | str) -> int | None:
+    """The schema version that a text gives, if it is the JSON of an object and gives one."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _other_version(version: int) -> DataError:
+    return DataError(
+        f"manifest: schema version {version}, this flam reads version {SCHEMA_VERSION}",
+        fix="Use the flam that wrote the data set, or ingest it anew.",
+    )
 
 
 def read_manifest(fs: FileSystem, path: str) -> Manifest:

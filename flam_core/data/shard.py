@@ -55,14 +55,20 @@ _FIX_STORAGE = "Check storage and access."
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of a clip: as in `worlds.base.Episode`, all float32."""
+    """Ground truth of a clip: as in `worlds.base.Episode`, all float32. None is not known for any frame."""
 
-    actions: np.ndarray
+    actions: np.ndarray | None = None
     """[T, N, A]"""
-    positions: np.ndarray
+    positions: np.ndarray | None = None
     """[T, N, 2]"""
     rewards: np.ndarray | None = None
     """[T]"""
+
+    @property
+    def entities(self) -> int | None:
+        """N; None if neither actions nor positions say it."""
+        known = self.actions if self.actions is not None else self.positions
+        return known.shape[1] if known is not None and known.ndim > 1 else None
 
 
 @dataclass(frozen=True)
@@ -90,18 +96,22 @@ class Clip:
             )
         if self.truth is None:
             return
-        actions, positions, rewards = self.truth.actions, self.truth.positions, self.truth.rewards
+        truth, entities = self.truth, self.truth.entities
+        actions, positions, rewards = truth.actions, truth.positions, truth.rewards
         if (
-            actions.ndim != 3
-            or len(actions) != length
-            or positions.shape != (length, actions.shape[1], 2)
+            (actions is not None and (actions.ndim != 3 or actions.shape[:2] != (length, entities)))
+            or (positions is not None and positions.shape != (length, entities, 2))
             or (rewards is not None and rewards.shape != (length,))
         ):
             raise DataError(
-                f"clip {self.id}: {length} frames, but actions {actions.shape}, positions {positions.shape}, "
-                f"rewards {None if rewards is None else rewards.shape}",
+                f"clip {self.id}: {length} frames, but actions {_shape(actions)}, positions {_shape(positions)}, "
+                f"rewards {_shape(rewards)}",
                 fix="They must be [T, N, A], [T, N, 2] and [T].",
             )
+
+
+def _shape(array: np.ndarray | None) -> tuple[int, ...] | None:
+    return None if array is None else array.shape
 
 
 def encode_clip(clip: Clip, codec: Codec) -> pa.RecordBatch:
@@ -121,10 +131,11 @@ def encode_clip(clip: Clip, codec: Codec) -> pa.RecordBatch:
         "payload": payload,
     }
     if clip.truth is not None:
-        row["entities"], row["action_size"] = clip.truth.actions.shape[1:]
-        row["actions"] = clip.truth.actions.astype(np.float32).ravel()
-        row["positions"] = clip.truth.positions.astype(np.float32).ravel()
-        row["rewards"] = None if clip.truth.rewards is None else clip.truth.rewards.astype(np.float32)
+        row["entities"] = clip.truth.entities
+        row["action_size"] = None if clip.truth.actions is None else clip.truth.actions.shape[2]
+        for name in ("actions", "positions", "rewards"):
+            found = getattr(clip.truth, name)
+            row[name] = None if found is None else found.astype(np.float32).ravel()
     return pa.record_batch([pa.array([row.get(field.name)], type=field.type) for field in SCHEMA], schema=SCHEMA)
 
 
@@ -145,15 +156,18 @@ def decode_clip(row: Mapping[str, Any], shard: str) -> np.ndarray:
 
 def decode_truth(row: Mapping[str, Any]) -> Truth | None:
     """The ground truth of a row that has `TRUTH_COLUMNS`; None where the clip has none."""
-    if row["actions"] is None:
-        return None
     length, entities = row["frames"], row["entities"]
-    rewards = row["rewards"]
-    return Truth(
-        actions=np.asarray(row["actions"], dtype=np.float32).reshape(length, entities, row["action_size"]),
-        positions=np.asarray(row["positions"], dtype=np.float32).reshape(length, entities, 2),
-        rewards=None if rewards is None else np.asarray(rewards, dtype=np.float32),
-    )
+    shapes = {
+        "actions": (length, entities, row["action_size"]),
+        "positions": (length, entities, 2),
+        "rewards": (length,),
+    }
+    known = {
+        name: np.asarray(row[name], dtype=np.float32).reshape(shape)
+        for name, shape in shapes.items()
+        if row[name] is not None
+    }
+    return Truth(**known) if known else None
 
 
 def read_row_group(fs: FileSystem, path: str, row_group: int, columns: Sequence[str] = FRAME_COLUMNS) -> pa.Table:

@@ -1,15 +1,16 @@
-"""Video files as frames of one size: any container, size, shape and frame rate that FFmpeg reads.
+"""Video as frames of one size: any container, size, shape and frame rate that FFmpeg reads, or frames one by one.
 
-A file is decoded in one pass and never held whole. What is wrong with a file is told as a `BadVideo`, after whatever
-could be decoded: a file that breaks off half-way is bad as a whole, and its reader must drop what came before.
+A file is decoded in one pass and never held whole. What is wrong with it is raised as `Unusable`, after whatever could
+be decoded: a file that breaks off half-way is bad as a whole, and its reader must drop what came before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
@@ -62,6 +63,10 @@ class VideoChunk:
     """uint8 [T, size, size, 3], RGB."""
     fps: float
     """Frames a second: the one asked for, else the file's average."""
+    sources: np.ndarray
+    """int64 [T]: which frame of the video each one shows, counted from 0."""
+    boxes: np.ndarray
+    """float32 [T, 4]: where the whole upright source frame lies, as (left, top, width, height) in units of `size`."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,20 @@ class BadVideo:
     reason: str
 
 
-class _Unusable(Exception):
-    """Carries the reason out of the decoding loop; never leaves this module."""
+class Unusable(Exception):
+    """Why a file or an episode cannot be used. Never leaves `flam_core.data`: who reads it makes it a `BadVideo`."""
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """A video being decoded."""
+
+    frames: Iterator[VideoFrame]
+    """All frames in order of display. Raises Unusable, with their number, if the file is damaged or breaks off."""
+    rate: float
+    """Frames a second on average; 0 if the file does not say."""
+    aspect: float
+    """Width of a stored pixel over its height."""
 
 
 def find_videos(folder: Path) -> list[Path]:
@@ -87,77 +104,131 @@ def find_videos(folder: Path) -> list[Path]:
 
 
 def read_video(path: Path, options: VideoOptions, chunk_frames: int) -> Iterator[VideoChunk | BadVideo]:
-    """Yield the frames of `path` in chunks of `chunk_frames` (the last may be shorter), or end with a BadVideo.
+    """Yield the frames of `path` in chunks of `chunk_frames` (the last may be shorter), or end with a BadVideo."""
+    try:
+        yield from cut_video(path, options, chunk_frames)
+    except Unusable as error:
+        yield BadVideo(str(path), str(error))
 
-    The first video stream is read, turned as its rotation says; audio and cover pictures are ignored.
+
+def cut_video(
+    video: Path | BinaryIO, options: VideoOptions, chunk_frames: int, expected: int | None = None
+) -> Iterator[VideoChunk]:
+    """Yield the frames of a video in chunks of `chunk_frames`; the last may be shorter.
+
+    The first video stream is read, turned as its rotation says; audio and cover pictures are ignored. Raises Unusable
+    if it is damaged or has not the `expected` number of frames.
+    """
+    with open_video(video) as opened:
+        fps = options.fps or opened.rate
+        if not fps:
+            raise Unusable("the file does not say its frame rate: give one")
+        timed = _timed(_counted(opened.frames, expected), 1.0 / (opened.rate or fps))
+        yield from _chunks(timed, options, fps, opened.aspect, chunk_frames)
+
+
+def cut_frames(
+    frames: Iterable[VideoFrame],
+    rate: float,
+    options: VideoOptions,
+    chunk_frames: int,
+    *,
+    aspect: float = 1.0,
+    expected: int | None = None,
+) -> Iterator[VideoChunk]:
+    """As `cut_video`, of frames that come evenly, `rate` a second, whatever their time stamps say."""
+    timed = ((one, one[0] / rate, 1.0 / rate) for one in _counted(frames, expected))
+    yield from _chunks(timed, options, options.fps or rate, aspect, chunk_frames)
+
+
+@contextmanager
+def open_video(video: Path | BinaryIO, start: float = 0.0) -> Iterator[OpenVideo]:
+    """The first video stream of a file or of an open binary file that can seek. Raises Unusable if there is none.
+
+    With `start`, in seconds, frames may be left out that are not needed to decode from there on.
     """
     try:
-        if not path.stat().st_size:
-            raise _Unusable("empty file (0 bytes)")
-        with _open(path) as container:
-            stream = _video_stream(container)
-            if stream.codec_context is None:
-                raise _Unusable("no decoder for its video stream")
-            stream.thread_type = "AUTO"
-            rate = stream.average_rate or stream.guessed_rate
-            fps = options.fps or float(rate or 0)
-            if not fps:
-                raise _Unusable("the file does not say its frame rate: give one")
-            frames = _decode(container, stream, path)
-            if options.fps is not None:
-                frames = _resampled(_timed(frames, 1.0 / float(rate or fps)), options.fps)
-            for chunk in _chunks(frames, _Fitter(stream, options), chunk_frames):
-                yield VideoChunk(chunk, fps)
-    except _Unusable as error:
-        yield BadVideo(str(path), str(error))
-    except (FFmpegError, OSError) as error:  # not readable, gone while it was read, or in no known pixel format
-        yield BadVideo(str(path), f"cannot be read: {error.strerror or error}")
+        if not _size(video):
+            raise Unusable("empty file (0 bytes)")
+        container = _open(video)
+    except OSError as error:
+        raise _unreadable(error) from error
+    with container:
+        stream = _video_stream(container)
+        if stream.codec_context is None:
+            raise Unusable("no decoder for its video stream")
+        stream.thread_type = "AUTO"
+        rate = stream.average_rate or stream.guessed_rate
+        if start > 0:
+            container.seek(int(start * 1_000_000))  # to the last frame at or before it that needs no other
+        frames = _decode(container, stream, video)
+        yield OpenVideo(frames, float(rate or 0), float(stream.sample_aspect_ratio or 1))
 
 
-def _open(path: Path) -> InputContainer:
+def _unreadable(error: OSError) -> Unusable:
+    return Unusable(f"cannot be read: {error.strerror or error}")
+
+
+def _bytes(video: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    """The content of a video from wherever it stands; an open file stays open."""
+    return video.open("rb") if isinstance(video, Path) else nullcontext(video)
+
+
+def _size(video: Path | BinaryIO) -> int:
+    return video.stat().st_size if isinstance(video, Path) else video.seek(0, 2)
+
+
+def _open(video: Path | BinaryIO) -> InputContainer:
+    if not isinstance(video, Path):
+        video.seek(0)
     try:
-        return av.open(str(path), options=_OPEN_OPTIONS, metadata_errors="replace")  # titles in any old encoding
+        file = str(video) if isinstance(video, Path) else video
+        return av.open(file, mode="r", options=_OPEN_OPTIONS, metadata_errors="replace")  # titles in any old encoding
     except FFmpegError as error:
         if isinstance(error, PermissionError | FileNotFoundError):
             raise
-        with path.open("rb") as file:
+        with _bytes(video) as file:
+            file.seek(0)
             head = file.read(12)
         if head[4:8] == b"ftyp":
-            raise _Unusable("truncated or damaged: its index (moov) cannot be read, 0 frames decoded") from error
-        raise _Unusable(f"not a video: {error.strerror}") from error
+            raise Unusable("truncated or damaged: its index (moov) cannot be read, 0 frames decoded") from error
+        raise Unusable(f"not a video: {error.strerror}") from error
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             return stream
-    raise _Unusable("no video stream")
+    raise Unusable("no video stream")
 
 
-def _decode(container: InputContainer, stream: VideoStream, path: Path) -> Iterator[VideoFrame]:
-    """All frames in order of display. Raises _Unusable, with their number, if the file is damaged or breaks off."""
+def _decode(container: InputContainer, stream: VideoStream, video: Path | BinaryIO) -> Iterator[VideoFrame]:
+    """All frames in order of display. Raises Unusable, with their number, if the file is damaged or breaks off."""
     count = 0
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt:
-                raise _Unusable(f"truncated or damaged: {count} frames decoded before the damage")
+                raise Unusable(f"truncated or damaged: {count} frames decoded before the damage")
             for frame in stream.decode(packet):
                 if frame.is_corrupt:
-                    raise _Unusable(f"damaged: frame {count} is broken, {count} frames decoded before it")
+                    raise Unusable(f"damaged: frame {count} is broken, {count} frames decoded before it")
                 yield frame
                 count += 1
     except FFmpegError as error:
-        raise _Unusable(f"truncated or damaged: {count} frames decoded, then {error.strerror}") from error
+        raise Unusable(f"truncated or damaged: {count} frames decoded, then {error.strerror}") from error
+    except OSError as error:
+        raise _unreadable(error) from error
     if not count:
-        raise _Unusable("no frame could be decoded")
-    if _breaks_off(container, stream, path):
-        raise _Unusable(f"truncated: the file breaks off after {count} decoded frames")
+        raise Unusable("no frame could be decoded")
+    if _breaks_off(container, stream, video):
+        raise Unusable(f"truncated: the file breaks off after {count} decoded frames")
 
 
-def _breaks_off(container: InputContainer, stream: VideoStream, path: Path) -> bool:
+def _breaks_off(container: InputContainer, stream: VideoStream, video: Path | BinaryIO) -> bool:
     """Whether a file that decoded without complaint is shorter than it says. FFmpeg itself takes that for its end."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = _size(video)
+    with _bytes(video) as file:
+        file.seek(0)
         if "matroska" in container.format.name:
             return _matroska_end(file.read(4096)) > size
         if container.format.name == "avi":
@@ -185,27 +256,44 @@ def _matroska_end(head: bytes) -> int:
     return 0 if unknown else start + segment
 
 
-def _timed(frames: Iterator[VideoFrame], period: float) -> Iterator[tuple[VideoFrame, float, float]]:
-    """Frames, the second each appears at (0 for the first, never decreasing), and the seconds it stays."""
+_Numbered = tuple[int, VideoFrame]
+_Timed = tuple[_Numbered, float, float]
+"""A frame with its number, the second it appears at (0 for the first, never decreasing), and the seconds it stays."""
+
+
+def _counted(frames: Iterable[VideoFrame], expected: int | None) -> Iterator[_Numbered]:
+    """Frames with their numbers. Raises Unusable unless there are as many as expected."""
+    count = 0
+    for frame in frames:
+        if count == expected:
+            raise Unusable(f"more frames than the {expected} of its ground truth")
+        yield count, frame
+        count += 1
+    if expected is not None and count != expected:
+        raise Unusable(f"{count} frames, but ground truth of {expected}")
+
+
+def _timed(frames: Iterator[_Numbered], period: float) -> Iterator[_Timed]:
+    """Frames with the times that their stamps say; one without says that it stays for `period` seconds."""
     start: float | None = None
     at = stays = 0.0
-    for frame in frames:
+    for number, frame in frames:
         if start is None:
             start = frame.time or 0.0
         # Some old AVI files have no time stamps: a frame then follows on the one before.
         at = at + stays if frame.time is None else max(at, frame.time - start)
         stays = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else period
-        yield frame, at, stays
+        yield (number, frame), at, stays
 
 
-def _resampled(frames: Iterator[tuple[VideoFrame, float, float]], fps: float) -> Iterator[VideoFrame]:
+def _resampled(frames: Iterator[_Timed], fps: float) -> Iterator[_Numbered]:
     """The frame nearest to each time k / fps; of two equally near the earlier. The last one stands for its stay."""
     step = 0
-    held: VideoFrame | None = None
+    held: _Numbered | None = None
     held_at = held_stays = 0.0
     for frame, at, stays in frames:
         if at - held_at > _MAX_GAP:
-            raise _Unusable(f"time stamps jump by {at - held_at:.0f} s")
+            raise Unusable(f"time stamps jump by {at - held_at:.0f} s")
         while held is not None and step / fps <= (held_at + at) / 2 + _TIE:
             yield held
             step += 1
@@ -218,9 +306,9 @@ def _resampled(frames: Iterator[tuple[VideoFrame, float, float]], fps: float) ->
 class _Fitter:
     """Brings frames to one size, sharing one scaler: making one for each frame costs several times the scaling."""
 
-    def __init__(self, stream: VideoStream, options: VideoOptions) -> None:
+    def __init__(self, aspect: float, options: VideoOptions) -> None:
         self._options = options
-        self._aspect = float(stream.sample_aspect_ratio or 1)  # width of a stored pixel over its height
+        self._aspect = aspect
         self._scaler = VideoReformatter()
         kind = Interpolation.AREA if options.filter == "area" else Interpolation.BICUBIC
         # Full chroma and exact rounding: the same bytes on every processor, and no colour lost on pixel art.
@@ -229,7 +317,7 @@ class _Fitter:
     def fit(self, frame: VideoFrame) -> np.ndarray:
         """uint8 [size, size, 3], RGB, upright."""
         size = self._options.size
-        width, height = self._scaled(frame.width * self._aspect, frame.height)
+        width, height = self._scaled(frame)
         rgb = self._scaler.reformat(
             frame, width=width, height=height, format="rgb24", interpolation=self._flags, threads=1
         ).to_ndarray()
@@ -241,9 +329,17 @@ class _Fitter:
             rgb = rgb[top : top + size, left : left + size]
         return np.rot90(rgb, round(frame.rotation / 90))  # both count anticlockwise; the square fits either way
 
-    def _scaled(self, width: float, height: float) -> tuple[int, int]:
-        """(width, height) in whole pixels that a frame is scaled to before it is cut or padded."""
+    def box(self, frame: VideoFrame) -> tuple[float, float, float, float]:
+        """(left, top, width, height) of the whole frame, upright, in units of the fitted one's side."""
         size = self._options.size
+        width, height = self._scaled(frame)
+        if round(frame.rotation / 90) % 2:
+            width, height = height, width
+        return (size - width) // 2 / size, (size - height) // 2 / size, width / size, height / size
+
+    def _scaled(self, frame: VideoFrame) -> tuple[int, int]:
+        """(width, height) in whole pixels that a frame is scaled to before it is cut or padded."""
+        size, width, height = self._options.size, frame.width * self._aspect, frame.height
         if self._options.fit == "stretch":
             return size, size
         if self._options.fit == "crop":
@@ -253,15 +349,29 @@ class _Fitter:
         return min(size, max(1, round(width * scale))), min(size, max(1, round(height * scale)))
 
 
-def _chunks(frames: Iterator[VideoFrame], fitter: _Fitter, length: int) -> Iterator[np.ndarray]:
-    """Stack fitted frames, `length` at a time, fitting a frame that comes several times in a row only once."""
-    chunk: list[np.ndarray] = []
-    last: VideoFrame | None = None
-    for frame in frames:
-        chunk.append(chunk[-1] if frame is last and chunk else fitter.fit(frame))
-        last = frame
-        if len(chunk) == length:
-            yield np.stack(chunk)
-            chunk = []
-    if chunk:
-        yield np.stack(chunk)
+def _chunks(
+    timed: Iterator[_Timed], options: VideoOptions, fps: float, aspect: float, length: int
+) -> Iterator[VideoChunk]:
+    """Fitted frames at the rate asked for, `length` at a time. One that comes several times is fitted only once."""
+    fitter = _Fitter(aspect, options)
+    frames = _resampled(timed, options.fps) if options.fps is not None else (one for one, _, _ in timed)
+    pictures: list[np.ndarray] = []
+    numbers: list[int] = []
+    boxes: list[tuple[float, float, float, float]] = []
+
+    def chunk() -> VideoChunk:
+        return VideoChunk(np.stack(pictures), fps, np.asarray(numbers, np.int64), np.asarray(boxes, np.float32))
+
+    try:
+        for number, frame in frames:
+            again = bool(numbers) and number == numbers[-1]
+            pictures.append(pictures[-1] if again else fitter.fit(frame))
+            boxes.append(boxes[-1] if again else fitter.box(frame))
+            numbers.append(number)
+            if len(numbers) == length:
+                yield chunk()
+                pictures, numbers, boxes = [], [], []
+    except FFmpegError as error:  # in no known pixel format
+        raise Unusable(f"cannot be read: {error.strerror or error}") from error
+    if numbers:
+        yield chunk()

@@ -33,8 +33,8 @@ def held_out_clips(
                         id=f"{row['id']}@{part.start}",
                         episode=row["episode"],
                         frames=pixels[part],
-                        positions=None if truth is None else truth.positions[part],
-                        actions=None if truth is None else truth.actions[part],
+                        positions=None if truth is None or truth.positions is None else truth.positions[part],
+                        actions=None if truth is None or truth.actions is None else truth.actions[part],
                     )
                     rounds.setdefault(number, []).append(clip)
                     found += 1

@@ -133,9 +133,7 @@ class Trainer:
         if self.config.model.slot_start == "motion":
             z = self.model.encode(frames_u8).contiguous()
             if distributed:
-                parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-                dist.all_gather(parts, z)
-                z = torch.cat(parts)
+                z = _gathered(z)
             prototypes = moving_prototypes(z, self.config.model.factors, self.config.seed)
             self.model.dynamics.factorizer.start_from(prototypes)
 
@@ -156,6 +154,18 @@ class Trainer:
             self._optimizer.load_state_dict(
                 torch.load(io.BytesIO(optimizer), map_location=self.device, weights_only=True)
             )
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in order; ranks may have different numbers of them (a broken clip is left out)."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    lengths = [int(count) for count in counts]
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 def _mix(*values: int) -> int:

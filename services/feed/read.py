@@ -1,65 +1,186 @@
-"""Reads and decodes the windows of a few steps: the body of a Ray Data task."""
+"""Reads the clips of a few steps, and decodes them where that is heavy: the body of a Ray Data task."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import json
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from flam_core.data.order import Window
-from flam_core.data.shard import decode_clip, read_row_group
+from flam_core.data.codec import Raw
+from flam_core.data.order import ClipKey
+from flam_core.data.shard import FRAME_COLUMNS, decode_clip, read_row_group
 from flam_core.errors import DataError, FlamError, pack
-from services.feed.plan import FeedPlan
-from services.storage import Location
+from services.feed.plan import ClipUse, FeedPlan
+from services.storage import Location, counters
+from services.storage.cache import BlockCache
 
-SCHEMA = pa.schema(
+_CLIP = pa.struct(
     [
-        pa.field("step", pa.int64()),
-        pa.field("rank", pa.int32()),
-        pa.field("shape", pa.list_(pa.int32(), 5)),  # [B, T, H, W, 3]
-        pa.field("frames", pa.large_binary()),  # uint8, contiguous
-        pa.field("ids", pa.list_(pa.string())),  # of the windows
-        pa.field("error", pa.string()),  # instead of frames, if they cannot be had: a packed FlamError
+        pa.field("source", pa.int32()),
+        pa.field("shard", pa.string()),
+        pa.field("row_group", pa.int32()),
+        pa.field("row", pa.int32()),
+        pa.field("uses", pa.int32()),
+        pa.field("id", pa.string()),
+        pa.field("frames", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("codec", pa.string()),
+        pa.field("crc32", pa.int64()),
+        pa.field("payload", pa.large_binary()),
+        pa.field("error", pa.string()),  # why this clip cannot be had
     ]
 )
+SCHEMA = pa.schema(
+    [
+        pa.field("first_step", pa.int64()),
+        pa.field("rank", pa.int32()),
+        pa.field("clips", pa.list_(_CLIP)),
+        pa.field("counters", pa.string()),  # JSON: what reading took
+        pa.field("error", pa.string()),  # instead of clips, if none can be had: a packed FlamError
+    ]
+)
+_READERS = 8
+"""Row groups that a task reads from a bucket at a time."""
 
 
-def read_or_say(plan: FeedPlan, rank: int, steps: range) -> pa.Table:
-    """`read_steps`, or one row that says why not: raised, the error would reach the trainer as text of Ray's only."""
+class Chunk(NamedTuple):
+    """What one task serves: clips for some steps of one rank."""
+
+    rank: int
+    steps: range
+    begins: bool
+    """It is the first one of the execution, so the rank holds no clips yet."""
+
+
+def read_or_say(plan: FeedPlan, chunk: Chunk, cache: BlockCache | None) -> pa.Table:
+    """`read_chunk`, or one row that says why not: raised, the error would reach the trainer as text of Ray's only."""
     try:
-        return read_steps(plan, rank, steps)
+        return read_chunk(plan, chunk, cache)
     except FlamError as error:
-        return pa.Table.from_pylist([{"step": steps.start, "rank": rank, "error": pack(error)}], schema=SCHEMA)
+        return _table(chunk, pa.nulls(0, _CLIP), {}, pack(error))
 
 
-def read_steps(plan: FeedPlan, rank: int, steps: range) -> pa.Table:
-    """One row a step with the frames that `rank` trains on, in order.
+def read_chunk(plan: FeedPlan, chunk: Chunk, cache: BlockCache | None = None) -> pa.Table:
+    """One row with all clips that the rank must get before the steps of `chunk`. Each row group is read once.
 
-    Each clip is decoded once, however many windows of it the steps need. Raises DataError for a broken clip.
+    A clip that is broken, or whose shard is, comes with its `error` and no payload. Raises EnvironmentFault if the
+    storage does not answer.
     """
-    needed = {step: plan.windows(step, rank) for step in steps}
-    clips: dict[tuple[str, int, int], np.ndarray] = {}
-    for shard, group, row in sorted({(w.shard, w.row_group, w.row) for ws in needed.values() for w in ws}):
-        table = _row_group(plan.data, shard, group)
-        clips[shard, group, row] = decode_clip(table.slice(row, 1).to_pylist()[0], shard)
-    return pa.Table.from_pylist([_row(plan, rank, step, needed[step], clips) for step in steps], schema=SCHEMA)
+    started, before = time.perf_counter(), counters.snapshot()
+    groups: dict[tuple[int, str, int], list[ClipUse]] = defaultdict(list)
+    for use in plan.clips(chunk.steps, chunk.rank, begins=chunk.begins):
+        groups[use.clip[:3]].append(use)
+
+    def read(item: tuple[tuple[int, str, int], list[ClipUse]]) -> tuple[pa.StructArray, int]:
+        (source, shard, group), uses = item
+        return _read_group(plan, source, shard, group, uses, cache)
+
+    if all(source.data.local for source in plan.sources):
+        parts = [read(item) for item in groups.items()]
+    else:
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = list(pool.map(read, groups.items()))
+    used = counters.difference(counters.snapshot(), before)
+    clips = pa.concat_arrays([clips for clips, _ in parts]) if parts else pa.nulls(0, _CLIP)
+    used |= {
+        "frames": sum(n or 0 for n in clips.field("frames").to_pylist()),
+        "group_bytes": sum(size for _, size in parts),
+        "task_seconds": time.perf_counter() - started,
+    }
+    return _table(chunk, clips, used, None)
 
 
-def _row(
-    plan: FeedPlan, rank: int, step: int, windows: list[Window], clips: dict[tuple[str, int, int], np.ndarray]
-) -> dict[str, object]:
-    length = plan.stages[plan.stage_of(step)[0]].clip_frames
-    frames = np.stack([clips[w.shard, w.row_group, w.row][w.start : w.start + length] for w in windows])
-    if frames.shape[2:4] != plan.manifest.frame_size:
-        raise DataError(
-            f"data set {plan.data}: frames are {frames.shape[2:4]}, the manifest says {plan.manifest.frame_size}",
-            fix="Ingest the data set again.",
-        )
-    ids = [w.id for w in windows]
-    return {"step": step, "rank": rank, "shape": list(frames.shape), "frames": frames.tobytes(), "ids": ids}
+def _table(chunk: Chunk, clips: pa.Array, used: dict[str, float], error: str | None) -> pa.Table:
+    columns = [
+        pa.array([chunk.steps.start], pa.int64()),
+        pa.array([chunk.rank], pa.int32()),
+        pa.ListArray.from_arrays(pa.array([0, len(clips)], pa.int32()), clips),
+        pa.array([json.dumps(used)]),
+        pa.array([error], pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-@lru_cache(maxsize=8)  # encoded row groups of 4-8 MB: what a shuffled block of the sample order needs, kept by the task
-def _row_group(data: Location, shard: str, group: int) -> pa.Table:
-    return read_row_group(data.fs, f"{data.path}/{shard}", group)
+def _read_group(
+    plan: FeedPlan, source: int, shard: str, group: int, uses: list[ClipUse], cache: BlockCache | None
+) -> tuple[pa.StructArray, int]:
+    """The clips of one row group that are asked for, decoded if that is for tasks to do, and the group's bytes."""
+    data = plan.sources[source].data.unchanging()  # shards are named by their hash
+    rows = [use.clip.row for use in uses]
+    try:
+        if cache is None:
+            table = _fetch(data, shard, group)
+        else:
+            # A shard's name ends with its hash, so the name says what is in it, wherever it lies.
+            table = cache.get_or_fetch(f"{shard}/{group}", lambda: _fetch(data, shard, group))
+        taken = table.take(pa.array(rows)).combine_chunks()
+    except (DataError, IndexError, pa.ArrowInvalid) as error:
+        reason = error.what if isinstance(error, DataError) else f"shard {shard}, row group {group}: {error}"
+        return _struct(source, shard, group, uses, {}, [reason] * len(uses)), 0
+    columns = {name: taken[name].combine_chunks() for name in taken.column_names if name in _STRUCT_NAMES}
+    errors: list[str | None] = [None] * len(uses)
+    if plan.decodes_in_tasks(source):
+        columns, errors = _decoded(taken, columns, shard)
+    return _struct(source, shard, group, uses, columns, errors), table.nbytes
+
+
+def _fetch(data: Location, shard: str, group: int) -> pa.Table:
+    return read_row_group(data.fs, f"{data.path}/{shard}", group, FRAME_COLUMNS)
+
+
+def _decoded(taken: pa.Table, columns: dict[str, pa.Array], shard: str) -> tuple[dict[str, pa.Array], list[str | None]]:
+    """The columns with pixels for payloads, and what is wrong with each clip."""
+    payloads: list[np.ndarray | None] = []
+    errors: list[str | None] = []
+    for row in taken.to_pylist():
+        try:
+            payloads.append(decode_clip(row, shard).reshape(-1))
+            errors.append(None)
+        except DataError as error:
+            payloads.append(None)
+            errors.append(error.what)
+    sizes = [0 if pixels is None else len(pixels) for pixels in payloads]
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    pixels = np.concatenate([p for p in payloads if p is not None] or [np.empty(0, np.uint8)])
+    packed = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(sizes), [None, offsets.buffers()[1], pa.py_buffer(pixels)]
+    )
+    raw = pa.array([Raw.name] * len(sizes), pa.string())
+    return {**columns, "codec": raw, "payload": packed}, errors
+
+
+_STRUCT_NAMES = {field.name for field in _CLIP}
+
+
+def _struct(
+    source: int,
+    shard: str,
+    group: int,
+    uses: list[ClipUse],
+    columns: dict[str, pa.Array],
+    errors: list[str | None],
+) -> pa.StructArray:
+    n = len(uses)
+    given = {
+        "source": pa.array([source] * n, pa.int32()),
+        "shard": pa.array([shard] * n, pa.string()),
+        "row_group": pa.array([group] * n, pa.int32()),
+        "row": pa.array([use.clip.row for use in uses], pa.int32()),
+        "uses": pa.array([use.uses for use in uses], pa.int32()),
+        "error": pa.array(errors, pa.string()),
+        **columns,
+    }
+    return pa.StructArray.from_arrays(
+        [given[f.name].cast(f.type) if f.name in given else pa.nulls(n, f.type) for f in _CLIP], fields=list(_CLIP)
+    )
+
+
+def key_of(clip: pa.StructScalar) -> ClipKey:
+    """The clip that a row of `clips` is of."""
+    return ClipKey(*(clip[name].as_py() for name in ("source", "shard", "row_group", "row")))

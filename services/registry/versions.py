@@ -51,9 +51,9 @@ def _register(
             return str(known.version)
     spec = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]), "frames")
     output = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]))
-    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings():
-        # A signature is given; an example as well would be stored as megabytes of JSON.
-        warnings.simplefilter("ignore", UserWarning)
+    # MLflow warns that there is no example and no type to make a signature from; one is given, and an example would be
+    # stored as megabytes of JSON. It insists ("once"), so its warnings are recorded instead of filtered.
+    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings(record=True):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(_CODE),

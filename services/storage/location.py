@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pyarrow.fs import AwsDefaultS3RetryStrategy, FileSystem, FileType, LocalFileSystem, S3FileSystem
+from pyarrow.fs import FileSystem, FileType, LocalFileSystem
 
-from flam_core.errors import EnvironmentFault, SettingsError
+from flam_core.errors import SettingsError
+from services.storage.faults import CHECKSUMS, RETRY_SECONDS, bucket_of, no_bucket, storage_fault
+from services.storage.s3 import RetryingHandler, RetryingS3, S3Settings
 
-_CONNECT_SECONDS = 5.0
-_REQUEST_SECONDS = 30.0
-_RETRIES = 4
-# A first question, so that a storage that hangs is known in seconds.
-_CHECK_SECONDS = 5.0
-_CHECK_RETRIES = 2
-
-_CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
-_AWS_ERROR = re.compile(r"AWS Error \w+(?: \(HTTP status \d+\))?")
+_RETRY_SECONDS = 120.0
+# A first question is asked for less long, so that a wrong address is known in seconds.
+_CHECK_SECONDS = 10.0
 
 
 def _relax_checksums() -> None:
     """Stores other than AWS refuse the checksums that clients send by default."""
-    if os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-        for name in _CHECKSUMS:
+    if _endpoint():
+        for name in CHECKSUMS:
             os.environ.setdefault(name, "when_required")
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 _relax_checksums()  # on import too: a worker that unpickles a Location never calls `resolve`
@@ -53,13 +53,25 @@ class Location:
         """Whether it lies on this host's disk."""
         return self.fs.type_name == "local"
 
+    def unchanging(self) -> Location:
+        """The same place, whose objects nobody overwrites, such as a data set's shards.
+
+        In a bucket, a process then asks for an object's length once and not each time that it is opened: one request
+        less a row group. What was overwritten after all shows as a damaged or missing object.
+        """
+        if not isinstance(self.fs, RetryingS3):
+            return self
+        known = self.fs.requests
+        return replace(self, fs=RetryingS3(RetryingHandler(known.settings, unchanging=True, checked=known.checked)))
+
 
 def resolve(address: str | Path, *, check: bool = True) -> Location:
     """The location of a local path or an `s3://bucket/prefix`.
 
-    With `check`, the bucket is asked for once, so that a wrong address or key shows here and not in the middle of a
-    run. Raises SettingsError for an address that is neither, EnvironmentFault if the bucket does not answer, does not
-    exist or forbids.
+    With `check`, the bucket is asked for, so that a wrong address or key shows here and not in the middle of a run.
+    A request to a bucket that fails is sent again for up to FLAM_STORAGE_RETRY_SECONDS (120 by default), this first one
+    for up to 10. Raises SettingsError for an address that is neither and for a number of seconds that is none,
+    EnvironmentFault if the bucket does not answer, does not exist or forbids.
     """
     text = str(address).rstrip("/")
     scheme, separator, rest = text.partition("://")
@@ -70,75 +82,37 @@ def resolve(address: str | Path, *, check: bool = True) -> Location:
         return Location(LocalFileSystem(), rest, rest)
     if scheme != "s3" or not rest:
         raise SettingsError(f"{text} is not an address flam can use", fix="Give a path or s3://bucket/prefix.")
-    location = Location(_s3(), rest, text)
+    settings = _settings()
     if check:
-        _check_bucket(location)
-    return location
+        _check_bucket(settings, text)
+    return Location(RetryingS3(RetryingHandler(settings, checked=bucket_of(text) if check else "")), rest, text)
 
 
-def _s3(request_seconds: float = _REQUEST_SECONDS, retries: int = _RETRIES) -> S3FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options = {}
-    if endpoint:
-        scheme, _, host = endpoint.rpartition("://")
-        _relax_checksums()
-        options = {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
-    return S3FileSystem(
+def _settings() -> S3Settings:
+    _relax_checksums()
+    return S3Settings(
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=request_seconds,
-        retry_strategy=AwsDefaultS3RetryStrategy(max_attempts=retries),  # the first try is not counted
-        allow_bucket_creation=False,
-        **options,
+        endpoint=_endpoint(),
+        retry_seconds=_retry_seconds(),
     )
 
 
-def _check_bucket(location: Location) -> None:
+def _retry_seconds() -> float:
+    text = os.environ.get(RETRY_SECONDS) or str(_RETRY_SECONDS)
     try:
-        found = _s3(_CHECK_SECONDS, _CHECK_RETRIES).get_file_info(_bucket(location.uri)).type
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SettingsError(f"{RETRY_SECONDS} is {text!r}", fix="Give a number of seconds above 0.")
+    return seconds
+
+
+def _check_bucket(settings: S3Settings, uri: str) -> None:
+    settings = replace(settings, retry_seconds=min(_CHECK_SECONDS, settings.retry_seconds))
+    try:
+        (found,) = RetryingHandler(settings).get_file_info([bucket_of(uri)])
     except OSError as error:
-        raise storage_fault(error, location.uri) from error
-    if found == FileType.NotFound:
-        raise _no_bucket(location.uri)
-
-
-def storage_fault(error: OSError, uri: str) -> EnvironmentFault:
-    """What a storage's refusal means, in one line."""
-    text = " ".join(str(error).split())
-    if not uri.startswith("s3://"):
-        return EnvironmentFault(f"cannot use {uri}: {text}", fix="Check access and free space.")
-    # Only the store's code counts: names of keys, ports and request ids hold words and numbers of all kinds.
-    found = _AWS_ERROR.search(text)
-    reason = (found[0] if found else text).upper()
-    if any(word in reason for word in ("ACCESS_DENIED", "FORBIDDEN", "403", "SIGNATURE", "INVALID_ACCESS_KEY")):
-        return EnvironmentFault(
-            f"{_endpoint()} forbids access to {uri}",
-            fix="Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy.",
-        )
-    if "NO_SUCH_BUCKET" in reason:
-        return _no_bucket(uri)
-    if any(word in reason for word in ("NETWORK_CONNECTION", "TIMEOUT")):
-        return EnvironmentFault(
-            f"{_endpoint()} cannot be reached for {uri}", fix="Is it up? Check AWS_ENDPOINT_URL and the network."
-        )
-    if "HTTP STATUS 411" in reason:
-        return EnvironmentFault(
-            f"{_endpoint()} refuses the checksums sent with {uri}",
-            fix=f"Set {' and '.join(_CHECKSUMS)} to when_required, on every node.",
-        )
-    return EnvironmentFault(f"{_endpoint()} does not serve {uri}: {text}", fix="Check the address and the storage.")
-
-
-def _no_bucket(uri: str) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"bucket {_bucket(uri)} of {uri} does not exist at {_endpoint()}",
-        fix="Create it, or correct the address or AWS_ENDPOINT_URL.",
-    )
-
-
-def _bucket(uri: str) -> str:
-    return uri.removeprefix("s3://").split("/", 1)[0]
-
-
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS S3"
+        raise storage_fault(error, uri) from error
+    if found.type == FileType.NotFound:
+        raise no_bucket(uri)

@@ -7,13 +7,20 @@ from pathlib import Path
 from pyarrow.fs import FileType
 
 from flam_core.errors import DataError
-from services.storage.location import Location, storage_fault
+from services.storage.faults import storage_fault
+from services.storage.location import Location
+from services.storage.s3 import RetryingS3
 
 
 def exists(location: Location) -> bool:
     """Whether an object lies there. Raises EnvironmentFault if the storage does not answer."""
     try:
-        return location.fs.get_file_info(location.path).type == FileType.File
+        if location.local:
+            return location.fs.get_file_info(location.path).type == FileType.File
+        location.fs.open_input_file(location.path).close()  # one HEAD: `get_file_info` would list what is missing
+        return True
+    except FileNotFoundError:
+        return False
     except OSError as error:
         raise storage_fault(error, location.uri) from error
 
@@ -32,9 +39,8 @@ def read_bytes(location: Location) -> bytes:
 def write_bytes(location: Location, content: bytes) -> None:
     """Write an object so that readers see all of it or nothing. Raises EnvironmentFault if the storage refuses."""
     try:
-        if not location.local:  # an object appears when its upload is complete
-            with location.fs.open_output_stream(location.path) as stream:
-                stream.write(content)
+        if isinstance(location.fs, RetryingS3):  # an object appears when its upload is complete
+            location.fs.requests.put(location.path, content)
             return
         folder = location.path.rpartition("/")[0]
         location.fs.create_dir(folder, recursive=True)

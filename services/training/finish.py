@@ -74,7 +74,7 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
     tracked.artifacts(outputs, "report", leave_out=("checkpoints", "ray"))
     address = None
     if prepared.settings.register:
-        name = f"flam-{prepared.manifest.name}"
+        name = f"flam-{prepared.data_name}"
         tags = {
             "config_sha256": config.sha256(),
             "manifest_sha256": prepared.manifest.sha256,

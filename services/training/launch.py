@@ -18,16 +18,17 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
 from flam_core.config import Config, canonical_json, differing_fields, to_dict
-from flam_core.data.manifest import Manifest, read_manifest
-from flam_core.data.shard import verify_shard
+from flam_core.data.manifest import Manifest
 from flam_core.errors import EnvironmentFault, FlamError, SettingsError, TrainingFailed
 from flam_core.recipes import get_recipe
-from services.feed import FeedPlan, StagePlan, flam_cause, make_dataset
-from services.storage import Location, resolve
+from services.feed import CacheSettings, Decode, FeedPlan, FeedSource, StagePlan, flam_cause, make_dataset
+from services.storage import Location, read_bytes, resolve
 from services.tracking import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
 from services.training import checkpoints
+from services.training.broken import merge_broken
+from services.training.data import check_frame_size, data_sha256, open_sources, parse_data, verify_sources
 from services.training.finish import Finished, finish
-from services.training.worker import WorkerJob, train_worker
+from services.training.worker import FEED_TOTALS, WorkerJob, train_worker
 
 _TASK_CPUS = 0.5
 _OBJECT_STORE_BYTES = 1 << 30
@@ -38,7 +39,8 @@ class TrainSettings:
     """Where and on what a run runs. Nothing here changes what is learnt."""
 
     data: str = "data/grid"
-    """The data set: a folder or s3://bucket/prefix."""
+    """The data set: a folder or s3://bucket/prefix. Several with their shares of each batch: data/a@2,data/b@1; the
+    first is the one that the model is evaluated on."""
     storage: str = "outputs"
     """Where the run keeps config and checkpoints: a folder or s3://bucket/prefix."""
     tracking: str | None = None
@@ -62,12 +64,24 @@ class TrainSettings:
     """Go on with the run of this id, with its own settings. A setting given beside it must be the run's."""
     verify: bool = True
     """Check every shard's sha256 before training."""
+    max_bad_share: float = 0.01
+    """Share of clips that may be broken or quarantined; beyond it the run stops with the list."""
+    decode: Decode = "auto"
+    """Where clips are decoded: beside the trainer (worker), in Ray Data tasks (task), or as suits the codec."""
+    cache: str | None = None
+    """A folder on each node in which row groups read from a bucket are kept; default: none."""
+    cache_gb: float = 20.0
+    """What the cache may hold."""
     register: bool = True
     """Register the model in MLflow."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise SettingsError(f"workers = {self.workers}", fix="Use 1 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise SettingsError(f"max_bad_share = {self.max_bad_share}", fix="It is a share: 0 to 1.")
+        if self.cache_gb <= 0:
+            raise SettingsError(f"cache_gb = {self.cache_gb}", fix="Use a number above 0.")
         if self.worker_cpus <= 0:
             raise SettingsError(f"worker_cpus = {self.worker_cpus}", fix="Use a number above 0.")
 
@@ -82,6 +96,8 @@ class RunResult:
     metrics: dict[str, float]
     model_address: str | None
     """`models:/flam-<dataset>/<version>`, or None without registering."""
+    feed: dict[str, float]
+    """What the feed did in the last attempt that trained (`worker._Log.totals`)."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +106,25 @@ class Prepared:
 
     config: Config
     settings: TrainSettings
-    manifest: Manifest
-    data: Location
+    sources: tuple[FeedSource, ...]
     run: Location
     run_id: str
     plan: FeedPlan
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the data set that the model is evaluated on: the first."""
+        return self.sources[0].manifest
+
+    @property
+    def data(self) -> Location:
+        """Where that data set lies."""
+        return self.sources[0].data
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data, and so of the model: flam-NAME."""
+        return "-".join(source.manifest.name for source in self.sources)
 
 
 def home() -> Path:
@@ -107,25 +137,19 @@ def prepare(config: Config, settings: TrainSettings) -> Prepared:
     storage = resolve(_at_home(settings.storage))
     if settings.resume:
         config = _resumed_config(config, checkpoints.stored_config(storage / settings.resume), settings.resume)
-    data = resolve(_at_home(settings.data))
-    manifest = read_manifest(data.fs, data.path)
-    height, width = manifest.frame_size
-    if (height, width) != (config.tokenizer.frame_size,) * 2:
-        raise SettingsError(
-            f"data set {data} has frames of {height}x{width}, tokenizer.frame_size is {config.tokenizer.frame_size}",
-            fix=f"Set --tokenizer.frame_size {height}, or ingest with --size {config.tokenizer.frame_size}.",
-        )
+    places = [(_at_home(place), weight) for place, weight in parse_data(settings.data)]
+    sources = open_sources(places, max_bad_share=settings.max_bad_share)
+    check_frame_size(sources, config)
     stages = tuple(
-        StagePlan(stage.steps, stage.batch_clips, stage.clip_frames)
+        StagePlan(stage.steps, stage.batch_clips, stage.clip_frames, stage.frame_skip, stage.window_stride)
         for stage in (config.tokenizer_stage, config.flam_stage)
     )
-    plan = FeedPlan(data, manifest, stages, config.seed, settings.workers)
-    plan.orders()
+    plan = FeedPlan(sources, stages, config.seed, settings.workers, settings.decode)
+    plan.mixtures()
     if settings.verify:
-        for shard in manifest.shards:
-            verify_shard(data.fs, data.path, shard)
-    run_id = settings.resume or _run_id(config, manifest, settings.fresh)
-    return Prepared(config, settings, manifest, data, storage / run_id, run_id, plan)
+        verify_sources(sources)
+    run_id = settings.resume or _run_id(config, data_sha256(sources), settings.fresh)
+    return Prepared(config, settings, sources, storage / run_id, run_id, plan)
 
 
 def train(prepared: Prepared) -> RunResult:
@@ -140,10 +164,12 @@ def train(prepared: Prepared) -> RunResult:
     try:
         _check_resources(settings)
         # From here on things are written: all that can be found missing beforehand has been.
-        checkpoints.claim(prepared.run, config, prepared.manifest.sha256)
+        checkpoints.claim(prepared.run, config, data_sha256(prepared.sources))
         tracking = _open_run(prepared, tracking_uri)
         try:
             _fit(prepared, tracking)
+            feed = json.loads(read_bytes(prepared.run / FEED_TOTALS))
+            TrackedRun(tracking).summary({f"feed/total/{key}": value for key, value in feed.items()})
             done = _finish(prepared, tracking)
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -156,7 +182,7 @@ def train(prepared: Prepared) -> RunResult:
     finally:
         if started:
             ray.shutdown()
-    return RunResult(prepared.run_id, prepared.run, done.outputs, done.metrics, done.model_address)
+    return RunResult(prepared.run_id, prepared.run, done.outputs, done.metrics, done.model_address, feed)
 
 
 def _open_run(prepared: Prepared, tracking_uri: str) -> RunInfo:
@@ -168,9 +194,9 @@ def _open_run(prepared: Prepared, tracking_uri: str) -> RunInfo:
         params=_flat(to_dict(config)),
         tags={
             "recipe": config.recipe,
-            "dataset": prepared.manifest.name,
-            "data": prepared.data.uri,
-            "manifest_sha256": prepared.manifest.sha256,
+            "dataset": prepared.data_name,
+            "data": ", ".join(f"{source.data.uri}@{source.weight:g}" for source in prepared.sources),
+            "manifest_sha256": ", ".join(source.manifest.sha256 for source in prepared.sources),
             "config_sha256": config.sha256(),
             "git_commit": git_commit(),
             "run_folder": prepared.run.uri,
@@ -184,7 +210,8 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
         print(f"run {prepared.run_id} is trained already: step {plan.total_steps}", flush=True)
         return
     cpus = ray.cluster_resources().get("CPU", 0)
-    job = WorkerJob(prepared.config, plan, prepared.run, tracking, settings.threads)
+    job = WorkerJob(prepared.config, plan, prepared.run, tracking, settings.threads, settings.max_bad_share)
+    cache = CacheSettings(settings.cache, int(settings.cache_gb * 1e9)) if settings.cache else None
     options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(cpu=max(_TASK_CPUS, cpus - settings.workers * settings.worker_cpus)),
@@ -192,7 +219,7 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
 
     def dataset() -> ray.data.Dataset:
         # Train calls this whenever it starts a group of workers, so a restarted group begins at the newest commit.
-        return make_dataset(plan, checkpoints.newest_step(prepared.run), task_cpus=_TASK_CPUS)
+        return make_dataset(plan, checkpoints.newest_step(prepared.run), task_cpus=_TASK_CPUS, cache=cache)
 
     trainer = TorchTrainer(
         train_worker,
@@ -219,6 +246,9 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
     except Exception as error:
         # Whatever Ray wraps it in, the cause is what people need.
         raise checkpoints.failure(prepared.run) or _failed(error) from error
+    finally:
+        if broken := merge_broken(prepared.run, settings.workers):
+            print(f"{broken} broken clips were left out: {prepared.run / 'quarantine.json'}", flush=True)
     if left := checkpoints.failure(prepared.run):
         raise left
 
@@ -305,8 +335,8 @@ def _resumed_config(asked: Config, stored: Config, run_id: str) -> Config:
     return stored
 
 
-def _run_id(config: Config, manifest: Manifest, fresh: bool) -> str:
-    content = canonical_json([to_dict(config), manifest.sha256, config.seed])
+def _run_id(config: Config, data: str, fresh: bool) -> str:
+    content = canonical_json([to_dict(config), data, config.seed])
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     run_id = f"{config.recipe}-{digest}"
     if not fresh:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 
 import ray.train
@@ -12,12 +15,19 @@ import torch
 
 from flam_core.config import Config
 from flam_core.learning.trainer import Trainer
-from services.feed import FeedPlan, flam_cause, steps_of
-from services.storage import Location
+from services.feed import Assembler, FeedMeters, FeedPlan, flam_cause, steps_of
+from services.feed.meters import FeedGauges
+from services.feed.prefetch import DevicePrefetcher, allocate_for
+from services.feed.spill import spilled_bytes
+from services.storage import Location, write_bytes
 from services.tracking import RunInfo, TrackedRun
 from services.training import checkpoints
+from services.training.broken import BrokenClips
 
+FEED_TOTALS = "feed.json"
+"""What the feed did in the run's last attempt, in its folder."""
 _LOG_EVERY = 50
+_SUMMED = ("bytes_read", "retries", "broken_clips")
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class WorkerJob:
     tracking: RunInfo
     threads: int
     """CPU threads of PyTorch; 0: the cores of the worker's machine but one, shared out among its workers."""
+    max_bad_share: float
+    """Share of clips that may turn out to be broken."""
 
 
 def train_worker(settings: dict[str, WorkerJob]) -> None:
@@ -61,6 +73,7 @@ def _run(job: WorkerJob) -> None:
     # A core is left to Ray Data: with as many threads as cores, PyTorch's wait for one another most of the time.
     cores = (os.cpu_count() or 1) - 1
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, which have one value to copy
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     trainer = Trainer(job.config, device, rank=rank, wrap=ray.train.torch.prepare_model)
@@ -69,54 +82,92 @@ def _run(job: WorkerJob) -> None:
         if rank == 0:
             print(f"resumed at step {trainer.step} of {trainer.total_steps}", flush=True)
     tracked = TrackedRun(job.tracking) if rank == 0 else None
-    meters = _Meters(job, tracked)
     if trainer.step < trainer.total_steps:
-        _train(job, trainer, meters, rank, device)
+        _train(job, trainer, _Log(job, tracked, rank), rank, device)
     # One report at the end tells Ray Train that all ranks came through.
     ray.train.report({"step": trainer.step, "world": world, "digest": trainer.digest})
 
 
-def _train(job: WorkerJob, trainer: Trainer, meters: _Meters, rank: int, device: torch.device) -> None:
+def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch.device) -> None:
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None, "the trainer is always given a train data set"
-    waited_from = time.perf_counter()
-    for batch in steps_of(shard, rank, trainer.step):
-        # A copy: the block is Ray's shared memory, which PyTorch must not write to and which should be free soon.
-        frames = torch.from_numpy(batch.frames.copy()).to(device, non_blocking=True)
-        wait = time.perf_counter() - waited_from
-        measured = trainer.train_step(frames, batch.ids)
-        meters.step(trainer, measured, wait, frames.shape[0] * frames.shape[1])
+    assembler = Assembler(
+        job.plan,
+        rank,
+        threads=_decoders(),
+        allocate=allocate_for(device),
+        meters=log.feed,
+        on_broken=BrokenClips(job.run, job.plan, rank, job.max_bad_share),
+    )
+    batches = steps_of(shard, job.plan, trainer.step, assembler, rank)
+    for batch in DevicePrefetcher(batches, device, log.feed):
+        log.begin()
+        measured = trainer.train_step(batch.frames, batch.ids)
+        log.step(trainer, measured, batch.frames.shape[0] * batch.frames.shape[1])
         if trainer.step % job.config.checkpoint_every == 0 or trainer.step == trainer.total_steps:
-            meters.flush()
+            log.flush()
             if rank == 0:
                 checkpoints.save(job.run, trainer.step, **trainer.state())  # type: ignore[arg-type]
-        waited_from = time.perf_counter()
     if trainer.step < trainer.total_steps:
         raise RuntimeError(f"the feed ended at step {trainer.step} of {trainer.total_steps}")
+    if rank == 0:
+        write_bytes(job.run / FEED_TOTALS, json.dumps(log.totals()).encode())
 
 
-class _Meters:
-    """Sums up the steps between two log lines; on rank 0 writes them to MLflow and the console."""
+def _decoders() -> int:
+    """Threads that decode clips beside the trainer: few, for the trainer's own threads want the cores too."""
+    return max(1, min(4, (os.cpu_count() or 1) // (4 * ray.train.get_context().get_local_world_size())))
 
-    def __init__(self, job: WorkerJob, tracked: TrackedRun | None) -> None:
+
+class _Log:
+    """Sums up the steps between two log lines: for Ray's metrics, and on rank 0 for MLflow and the console."""
+
+    def __init__(self, job: WorkerJob, tracked: TrackedRun | None, rank: int) -> None:
+        self.feed = FeedMeters()
         self._job, self._tracked = job, tracked
+        self._gauges = FeedGauges(job.run.path.rpartition("/")[2], rank)
+        self._spilled_before = spilled_bytes()
+        self._begun = False
+        self._totals: defaultdict[str, float] = defaultdict(float)
         self._reset()
 
-    def _reset(self) -> None:
-        self._started, self._waited, self._frames, self._steps = time.perf_counter(), 0.0, 0, 0
+    def begin(self) -> None:
+        """The first batch is there: what starting up took is not the steps'."""
+        if not self._begun:
+            self._begun = True
+            self._totals["first_batch_seconds"] = self.feed.wait_seconds
+            self.feed.wait_seconds = 0.0
+            self._reset()
 
-    def step(self, trainer: Trainer, measured: dict[str, torch.Tensor], wait: float, frames: int) -> None:
+    def _reset(self) -> None:
+        self._started, self._frames, self._steps = time.perf_counter(), 0, 0
+
+    def step(self, trainer: Trainer, measured: dict[str, torch.Tensor], frames: int) -> None:
         """Count a step; every 50 steps, log."""
-        self._waited, self._frames, self._steps = self._waited + wait, self._frames + frames, self._steps + 1
-        if self._tracked is None or (trainer.step % _LOG_EVERY and trainer.step != trainer.total_steps):
+        self._frames, self._steps = self._frames + frames, self._steps + 1
+        if trainer.step % _LOG_EVERY and trainer.step != trainer.total_steps:
             return
-        took = time.perf_counter() - self._started
         values = {key: float(value) for key, value in measured.items()}
+        took = time.perf_counter() - self._started  # after the values: a GPU has then done these steps
+        feed = self.feed.take(took)
+        feed["feed/spilled_bytes"] = float(spilled_bytes() - self._spilled_before)
+        self._gauges.set(feed)
+        self._totals["seconds"] += took
+        self._totals["frames"] += self._frames * self._job.plan.world
+        self._totals["wait"] += feed["speed/data_wait_share"] * took
+        for name in _SUMMED:
+            self._totals[name] += feed[f"feed/{name}"]
+        self._totals["spilled_bytes"] = feed["feed/spilled_bytes"]
+        values |= feed
         values["speed/frames_per_second"] = self._frames * self._job.plan.world / took
         values["speed/seconds_per_step"] = took / self._steps
-        values["speed/data_wait_share"] = self._waited / took
-        self._tracked.log(trainer.step, values)
-        left = took / self._steps * (trainer.total_steps - trainer.step)
+        if self._tracked is not None:
+            self._tracked.log(trainer.step, values)
+            self._print(trainer, values)
+        self._reset()
+
+    def _print(self, trainer: Trainer, values: dict[str, float]) -> None:
+        left = values["speed/seconds_per_step"] * (trainer.total_steps - trainer.step)
         told = ("tokenizer/psnr", "flam/explained", "flam/kl")
         line = "  ".join(f"{key.split('/')[1]} {values[key]:.3g}" for key in told if key in values)
         loss = values.get("flam/loss", values.get("tokenizer/loss", 0.0))
@@ -126,7 +177,15 @@ class _Meters:
             f"left {left / 60:.1f} min",
             flush=True,
         )
-        self._reset()
+
+    def totals(self) -> dict[str, float]:
+        """Of this attempt: frames a second, share of the time waited for data, and what the feed counted."""
+        seconds = self._totals["seconds"] or 1.0
+        return {
+            "frames_per_second": self._totals["frames"] / seconds,
+            "data_wait_share": self._totals["wait"] / seconds,
+            **{name: self._totals[name] for name in (*_SUMMED, "spilled_bytes", "first_batch_seconds")},
+        }
 
     def flush(self) -> None:
         """Send the metrics to MLflow, before the checkpoint that follows them is committed."""

@@ -47,7 +47,10 @@ def test_good_videos_go_through(ingested: Ingested) -> None:
 
 
 def test_each_bad_video_is_named_with_its_reason(ingested: Ingested) -> None:
-    listed = {entry["path"]: entry["reason"] for entry in json.loads((ingested.data / "quarantine.json").read_text())}
+    listed = {
+        entry["path"]: entry["reason"]
+        for entry in json.loads((ingested.data / "quarantine.json").read_text())["sources"]
+    }
     assert set(listed) == set(ingested.bad)
     shown = [line for line in ingested.done.stdout.splitlines() if line.startswith("left out: ")]
     assert len(shown) == len(ingested.bad)

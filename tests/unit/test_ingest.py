@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,17 @@ import pytest
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 from flam_core.data import ingest as ingest_module
+from flam_core.data import publish as publish_module
 from flam_core.data.ingest import IngestOptions, ingest, ingest_folder, ingest_world, split_labels
 from flam_core.data.manifest import QUARANTINE_NAME, SPLITS, read_manifest
-from flam_core.data.shard import FRAME_COLUMNS, TRUTH_COLUMNS, decode_clip, decode_truth, read_row_group, verify_shard
+from flam_core.data.quarantine import BadSource, Quarantine, read_quarantine
+from flam_core.data.shard import FRAME_COLUMNS, TRUTH_COLUMNS, decode_truth, read_row_group
 from flam_core.data.sources import WorldSource
 from flam_core.data.videos import VideoOptions
 from flam_core.errors import DataError, EnvironmentFault, SettingsError
 from flam_core.worlds.base import Episode
 from flam_core.worlds.grid import GridWorld
+from tests.stored_fixture import stored
 from tests.videos_fixture import OK, make_video_folder
 
 FS = LocalFileSystem()
@@ -47,24 +50,6 @@ class UnevenWorld:
                 raise OSError("the disk is on fire")
             (episode,) = WORLD.episodes(1, length, seed + index)
             yield replace(episode, rewards=np.arange(length, dtype=np.float32)) if self.rewards else episode
-
-
-def stored(fs: FileSystem, path: str) -> dict[str, tuple[str, np.ndarray]]:
-    """Split and frames of each clip, read by the manifest alone."""
-    manifest = read_manifest(fs, path)
-    found = {}
-    for shard in manifest.shards:
-        lengths: list[int] = []
-        verify_shard(fs, path, shard)
-        for group, clips in enumerate(shard.row_groups):
-            rows = read_row_group(fs, f"{path}/{shard.name}", group).to_pylist()
-            assert len(rows) == clips
-            for row in rows:
-                assert row["id"] not in found
-                found[row["id"]] = (shard.split, decode_clip(row, shard.name))
-                lengths.append(row["frames"])
-        assert tuple(lengths) == shard.clip_frames
-    return found
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -97,7 +82,7 @@ def test_a_world_comes_back_with_frames_and_truth(tmp_path: Path) -> None:
     assert report.seconds > 0
     assert report.frames_per_second > 0
     assert set(files(Path(path))) == {"manifest.json", QUARANTINE_NAME, *(shard.name for shard in manifest.shards)}
-    assert json.loads((Path(path) / QUARANTINE_NAME).read_text()) == []
+    assert read_quarantine(FS, path) == Quarantine()
 
 
 def test_splits_are_disjoint_by_episode_and_of_the_right_size(tmp_path: Path) -> None:
@@ -153,10 +138,7 @@ def test_ends_of_episodes_are_kept_dropped_and_counted(tmp_path: Path) -> None:
         (names[3], "10 frames: too short for a clip of 16"),
         (names[5], "1 frame: too short for a clip of 16"),
     ]
-    assert json.loads((tmp_path / QUARANTINE_NAME).read_text())[1] == {
-        "path": names[5],
-        "reason": "1 frame: too short for a clip of 16",
-    }
+    assert BadSource(names[5], "1 frame: too short for a clip of 16") in read_quarantine(FS, str(tmp_path)).sources
 
 
 @pytest.mark.parametrize(("size", "length"), [(96, 128), (104, 64)])
@@ -190,9 +172,7 @@ def test_a_folder_of_every_kind_of_video(tmp_path: Path) -> None:
     bad = {entry.path: entry.reason for entry in report.bad}
     assert set(bad) == set(expected) - good
     assert all(expected[name] in reason for name, reason in bad.items())
-    assert json.loads((tmp_path / "set" / QUARANTINE_NAME).read_text()) == [
-        {"path": entry.path, "reason": entry.reason} for entry in report.bad
-    ]
+    assert {(entry.path, entry.reason) for entry in read_quarantine(FS, f"{tmp_path}/set").sources} == set(bad.items())
     found = stored(FS, f"{tmp_path}/set")
     assert {clip_id.split(":")[0] for clip_id in found} == good
     assert all(frames.shape[1:] == (64, 64, 3) for _, frames in found.values())
@@ -257,20 +237,29 @@ def test_two_episodes_are_too_few(tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fail_at", [3, 12])  # while the sample is read; when shards are being written
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, fail_at: int) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.txt").write_text("mine")
-    world = UnevenWorld((40,) * 8, fail_at=6)
+    world = UnevenWorld((40,) * 16, fail_at=fail_at)
     options = IngestOptions(row_group_clips=1)
     with pytest.raises(EnvironmentFault, match=r"cannot write the data set at .*: the disk is on fire"):
-        ingest_world(world, FS, f"{tmp_path}/set", episodes=8, frames=40, options=options)
+        ingest_world(world, FS, f"{tmp_path}/set", episodes=16, frames=40, options=options)
     assert files(tmp_path / "set") == {"mine.txt": b"mine"}
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("step", ["write_manifest", "_manifest", "_write_clips"])
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (publish_module, "write_manifest"),
+        (ingest_module, "_manifest"),
+        (ingest_module, "_write_clips"),
+        (ingest_module, "choose_codec"),
+    ],
+)
 def test_a_crash_at_any_step_keeps_the_data_set_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str
 ) -> None:
     ingest_world(WORLD, FS, str(tmp_path), episodes=4, frames=40, seed=0)
     before = files(tmp_path)
@@ -278,7 +267,7 @@ def test_a_crash_at_any_step_keeps_the_data_set_that_was_there(
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ingest_module, step, crash)
+    monkeypatch.setattr(module, step, crash)
     with pytest.raises(KeyboardInterrupt):
         ingest_world(WORLD, FS, str(tmp_path), episodes=5, frames=40, options=IngestOptions(overwrite=True))
     assert files(tmp_path) == before
@@ -348,8 +337,10 @@ def test_names_and_codecs_that_cannot_work_are_refused(tmp_path: Path) -> None:
         ingest_world(WORLD, FS, str(tmp_path), episodes=3, frames=40, name="a/b")
     with pytest.raises(SettingsError, match="min_clip_frames 200 is above the clip length 128"):
         ingest_world(WORLD, FS, str(tmp_path), episodes=3, frames=40, options=IngestOptions(min_clip_frames=200))
-    with pytest.raises(DataError, match="unknown codec"):
-        IngestOptions(codec="none")
+    codecs: list[Any] = ["none", "raw"]
+    for codec in codecs:
+        with pytest.raises(SettingsError, match=f"codec = '{codec}'. Choose auto or one of zstd, h264"):
+            IngestOptions(codec=codec)
     assert not any(tmp_path.iterdir())
 
 
@@ -371,9 +362,11 @@ def test_the_same_in_a_bucket(tmp_path: Path, s3_server: Callable[[], str]) -> N
     assert all(here[key][0] == there[key][0] and (here[key][1] == there[key][1]).all() for key in here)
 
     before = objects()
-    for world in (UnevenWorld((40,) * 8, fail_at=6), WORLD):  # one fails half-way, one is another data set
+    for world in (UnevenWorld((40,) * 16, fail_at=12), WORLD):  # one fails half-way, one is another data set
         with pytest.raises((EnvironmentFault, DataError)):
-            ingest_world(world, fs, path, episodes=8, frames=40, options=replace(options, overwrite=world is not WORLD))
+            ingest_world(
+                world, fs, path, episodes=16, frames=40, options=replace(options, overwrite=world is not WORLD)
+            )
         assert objects() == before
         assert read_manifest(fs, path) == remote.manifest
     ingest_world(WORLD, fs, path, episodes=3, frames=40, options=IngestOptions(overwrite=True))
@@ -382,9 +375,9 @@ def test_the_same_in_a_bucket(tmp_path: Path, s3_server: Callable[[], str]) -> N
 
 def test_a_failure_leaves_no_object_in_a_bucket(s3_server: Callable[[], str]) -> None:
     fs, path = FileSystem.from_uri(f"s3://{s3_server()}/sets/uneven")
-    world = UnevenWorld((40,) * 8, fail_at=6)
+    world = UnevenWorld((40,) * 16, fail_at=12)
     with pytest.raises(EnvironmentFault):
-        ingest_world(world, fs, path, episodes=8, frames=40, options=IngestOptions(row_group_clips=1))
+        ingest_world(world, fs, path, episodes=16, frames=40, options=IngestOptions(row_group_clips=1))
     bucket = path.split("/")[0]
     assert not [info for info in fs.get_file_info(FileSelector(bucket, recursive=True)) if info.is_file]
     with pytest.raises(EnvironmentFault, match="cannot write the data set at none-such"):

@@ -34,7 +34,8 @@ def manifest() -> Manifest:
         name="grid",
         source="a grid",
         licence="Apache-2.0",
-        settings={"seed": 0, "video.fps": None, "codec": "zstd", "ratio": 0.5, "exact": True},
+        settings={"seed": 0, "video.fps": None, "codec": "auto", "ratio": 0.5, "exact": True},
+        codec="zstd",
         frame_size=(64, 48),
         fps=8.0,
         has_truth=True,
@@ -69,8 +70,9 @@ def test_sha256_depends_on_every_field() -> None:
         replace(base, fps=None),
         replace(base, settings={}),
         replace(base, name="b"),
+        replace(base, codec="h264"),
     ]
-    assert len({base.sha256, *(other.sha256 for other in others)}) == 5
+    assert len({base.sha256, *(other.sha256 for other in others)}) == 6
 
 
 def test_split_gives_its_shards() -> None:
@@ -94,7 +96,9 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("schema_version",), 2, "schema version 2"),
+        (("schema_version",), 3, "schema version 3"),
+        (("codec",), "raw", "codec 'raw' is none of zstd, h264, h264-444, jpeg"),
+        (("codec",), None, "codec: "),
         (("surprise",), 1, "surprise"),
         (("frames",), 31, "frames is not the sum"),
         (("frames",), "30", "frames: "),
@@ -131,6 +135,20 @@ def test_what_does_not_agree_is_refused_in_one_line(where: tuple[str | int, ...]
         Manifest.from_json(json.dumps(content))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("version", "fields"), [(1, {}), (3, {"colour": "rgb"})])
+def test_another_version_is_named_whatever_fields_it_has(version: int, fields: dict[str, str]) -> None:
+    content = json.loads(manifest().to_json()) | {"schema_version": version} | fields
+    del content["codec"]
+    with pytest.raises(DataError, match=f"schema version {version}, this flam reads version 2"):
+        Manifest.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"schema_version": "1"}', '"schema_version"'])
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="The manifest is damaged or not flam's"):
+        Manifest.from_json(text)
 
 
 def test_a_missing_field_is_named() -> None:

@@ -204,6 +204,16 @@ def test_verify_shard(tmp_path: Path) -> None:
         verify_shard(FS, str(tmp_path), shard)
 
 
+@pytest.mark.parametrize("names", [("actions",), ("positions",), ("rewards",), ("positions", "rewards")])
+def test_part_of_the_truth_comes_back(names: tuple[str, ...]) -> None:
+    whole = clip(0).truth
+    part = Truth(**{name: getattr(whole, name) for name in names})
+    (row,) = encode_clip(replace(clip(0), truth=part), Zstd()).to_pylist()
+    found = decode_truth(row)
+    for name in ("actions", "positions", "rewards"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(part, name), err_msg=name)
+
+
 def test_a_clip_of_wrong_shape_is_refused() -> None:
     good = clip(0)
     assert good.truth is not None
@@ -214,6 +224,9 @@ def test_a_clip_of_wrong_shape_is_refused() -> None:
         replace(good.truth, actions=good.truth.actions[:-1]),
         replace(good.truth, positions=good.truth.positions[:, :2]),
         replace(good.truth, rewards=good.truth.actions[:, 0]),
+        Truth(positions=good.truth.positions[:-1]),
+        Truth(rewards=np.zeros(4, np.float32)),
+        Truth(actions=np.zeros(5, np.float32)),
     ):
         with pytest.raises(DataError, match="5 frames, but actions"):
             replace(good, truth=truth)

@@ -1,0 +1,61 @@
+"""Measure what flam claims, beside others, in one run: ratios hold on a noisy machine, absolute numbers do not.
+
+    python jobs/bench.py feed --json feed.json
+    python jobs/bench.py feed --data data/clips --frames 10 --batch 64
+    python jobs/bench.py feed --soak_minutes 30
+
+docs/performance.md explains each number, and holds those that were measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/bench.py` puts only jobs/ on the path
+
+from flam_core.errors import SettingsError
+from services.bench.feed import FeedBenchSettings, bench_feed
+from services.console import run_program, table
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `jobs/bench.py` takes."""
+
+    what: Annotated[str, tyro.conf.Positional]
+    """feed: video from storage to the trainer."""
+    json: Path | None = None
+    """Where the numbers go, as JSON."""
+    settings: Annotated[FeedBenchSettings, tyro.conf.arg(name="")] = field(default_factory=FeedBenchSettings)
+
+
+def main(arguments: Arguments) -> None:
+    """Measure, print, write."""
+    if arguments.what != "feed":
+        raise SettingsError(f"no benchmark {arguments.what!r}", fix="There is: feed.")
+    result = bench_feed(arguments.settings)
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    table("bench feed", flat(result))
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values as rows of a table."""
+    rows: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows |= flat(value, f"{prefix}{key}.")
+        else:
+            rows[f"{prefix}{key}"] = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return rows
+
+
+if __name__ == "__main__":
+    run_program(Arguments, main, description=__doc__ or "")

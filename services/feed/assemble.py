@@ -1,0 +1,236 @@
+"""The trainer's end of the feed: holds the clips that came, decodes each once, and cuts batches from them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flam_core.data.codec import Raw, get_codec
+from flam_core.data.order import ClipKey, Window
+from flam_core.data.quarantine import BadClip
+from flam_core.data.shard import decode_clip
+from flam_core.errors import DataError, TrainingFailed
+from services.feed.meters import FeedMeters
+from services.feed.plan import FeedPlan
+from services.feed.read import key_of
+
+_AHEAD = 8
+"""Steps that are decoded and put together at a time."""
+
+Allocate = Callable[[tuple[int, ...]], np.ndarray]
+"""Gives an uninitialised uint8 array of a shape: page-locked memory, where batches go on to a GPU."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank trains on at one step."""
+
+    step: int
+    """Global step, counted over all stages."""
+    frames: np.ndarray
+    """uint8 [B, T, H, W, 3], contiguous."""
+    ids: list[str]
+    """Of the windows."""
+
+
+_Pixels = Future[tuple[np.ndarray | str, float]]
+"""uint8 [frames, H, W, 3], or why there are none; and the seconds that it took."""
+
+
+@dataclass
+class _Held:
+    """A clip that the rank was given."""
+
+    row: dict[str, Any]
+    uses: deque[int]
+    """Windows of it that are still to come, block by block."""
+    error: str | None = None
+    decoding: _Decoding | None = None
+    """Once its pixels were needed, until the block is done."""
+
+
+@dataclass
+class _Decoding:
+    """A clip on its way through a decoder."""
+
+    pixels: _Pixels
+    noted: bool = False
+    """Whether the meters know."""
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A window of a step that has begun."""
+
+    window: Window
+    held: _Held
+    decoding: _Decoding | None
+    """None for a clip that is known to be broken. Kept here: the clip may be let go of before the step is done."""
+
+    def frames(self) -> np.ndarray | None:
+        """All frames of the clip, waited for; None if it is broken."""
+        if self.decoding is None:
+            return None
+        result = self.decoding.pixels.result()[0]
+        return None if isinstance(result, str) else result
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that is being put together."""
+
+    step: int
+    due: list[_Due]
+    frames: Future[np.ndarray | None]
+
+
+class Assembler:
+    """Makes the batches of one rank out of chunks of clips. Not safe for threads."""
+
+    def __init__(
+        self,
+        plan: FeedPlan,
+        rank: int,
+        *,
+        threads: int = 1,
+        allocate: Allocate | None = None,
+        meters: FeedMeters | None = None,
+        on_broken: Callable[[int, BadClip], None] | None = None,
+    ) -> None:
+        """threads: that decode. on_broken: told once of each clip that cannot be used, with the number of
+        its data set; its windows are left out of the batches."""
+        self._plan, self._rank = plan, rank
+        self._allocate: Allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
+        self._meters = meters or FeedMeters()
+        self._on_broken = on_broken or (lambda _source, _clip: None)
+        self._clips: dict[ClipKey, _Held] = {}
+        self._pool = ThreadPoolExecutor(threads, "decode")
+
+    def add(self, clips: pa.StructArray, counters: str) -> None:
+        """Take the clips of a chunk and what reading them took (`read.SCHEMA`)."""
+        self._meters.read(counters)
+        names = ("id", "frames", "height", "width", "codec", "crc32", "uses", "error")
+        columns = {name: clips.field(name).to_pylist() for name in names}
+        payloads = clips.field("payload")
+        for i in range(len(clips)):
+            row = {name: columns[name][i] for name in names} | {"payload": payloads[i].as_buffer()}
+            key = key_of(clips[i])
+            held = self._clips.setdefault(key, _Held(row, deque(), error=columns["error"][i]))
+            held.uses.append(columns["uses"][i])  # it may be held for a block of the last epoch still
+            if held.error is not None and len(held.uses) == 1:
+                self._broken(key, held)
+
+    def batches(self, steps: range) -> Generator[StepBatch, None, None]:
+        """The batches of `steps`, whose clips must have been given.
+
+        While one is put together, the clips of the next are decoded.
+        Raises DataError if all clips of a batch are broken, TrainingFailed if a clip was not given.
+        """
+        begun: deque[_Begun] = deque()
+        for first in range(steps.start, steps.stop, _AHEAD):
+            group = range(first, min(first + _AHEAD, steps.stop))
+            for step, windows in zip(group, self._plan.windows_of(group, self._rank), strict=True):
+                begun.append(self._begin(step, windows))
+                if len(begun) > _AHEAD:
+                    yield self._finish(begun.popleft())
+        while begun:
+            yield self._finish(begun.popleft())
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, step: int, windows: list[Window]) -> _Begun:
+        """Set the decoding and copying of a step going."""
+        due = []
+        for window in windows:
+            held = self._clips.get(window.clip)
+            if held is None:
+                raise TrainingFailed(
+                    f"the feed gave rank {self._rank} no clip {window.clip} for step {step}",
+                    fix="This is a fault in flam: run the command again, it resumes; please report it.",
+                )
+            if held.decoding is None and held.error is None:
+                # Threads take work in the order in which it came: what a copy waits for is always before it.
+                held.decoding = _Decoding(self._pool.submit(self._pixels, window.clip, held.row))
+            due.append(_Due(window, held, held.decoding))
+        return _Begun(step, due, self._pool.submit(self._copy, step, due))
+
+    def _copy(self, step: int, due: list[_Due]) -> np.ndarray | None:
+        """The frames of a step; None if all of its clips are broken."""
+        stage = self._plan.stages[self._plan.stage_of(step)[0]]
+        good = [(one.window.start, pixels) for one in due if (pixels := one.frames()) is not None]
+        if not good:
+            return None
+        frames = self._allocate((len(good), stage.clip_frames, *self._plan.frame_size, 3))
+        span, skip = stage.shape.span, stage.frame_skip
+        for place, (start, pixels) in enumerate(good):
+            frames[place] = pixels[start : start + span : skip]
+        return frames
+
+    def _finish(self, begun: _Begun) -> StepBatch:
+        frames = begun.frames.result()
+        for one in begun.due:
+            self._note(one)
+        if frames is None:
+            raise DataError(
+                f"all {len(begun.due)} clips of rank {self._rank} at step {begun.step} are broken, the last: "
+                f"{begun.due[-1].held.error}",
+                fix="Run jobs/ingest.py --verify on the data set, which leaves them out of the plan.",
+            )
+        for one in begun.due:
+            self._used(one.window.clip, one.held)
+        return StepBatch(begun.step, frames, [one.window.id for one in begun.due if one.frames() is not None])
+
+    def _note(self, due: _Due) -> None:
+        """Count what decoding gave, once."""
+        if due.decoding is None or due.decoding.noted:
+            return
+        due.decoding.noted = True
+        result, seconds = due.decoding.pixels.result()
+        self._meters.decode_seconds += seconds
+        if isinstance(result, str):
+            due.held.error = result
+            self._broken(due.window.clip, due.held)
+        else:
+            self._meters.decoded_clips += 1
+            self._meters.decoded_frames += len(result)
+
+    def _used(self, key: ClipKey, held: _Held) -> None:
+        """Count a window. Pixels are kept for a block only, so that they take no more room than a block does."""
+        held.uses[0] -= 1
+        if held.uses[0]:
+            return
+        held.uses.popleft()
+        held.decoding = None
+        if not held.uses:
+            del self._clips[key]
+
+    def _pixels(self, key: ClipKey, row: dict[str, Any]) -> tuple[np.ndarray | str, float]:
+        """The frames of a clip, or why there are none, and the seconds that it took."""
+        started = time.perf_counter()
+        if row["codec"] == Raw.name:  # decoded and checked by a task
+            pixels = get_codec(Raw.name).decode(row["payload"], row["frames"], row["height"], row["width"])
+        else:
+            try:
+                pixels = decode_clip(row, key.shard)
+            except DataError as error:
+                return error.what, time.perf_counter() - started
+        if pixels.shape[1:3] != self._plan.frame_size:
+            return f"frames are {pixels.shape[1:3]}, the manifest says {self._plan.frame_size}", 0.0
+        return pixels, time.perf_counter() - started
+
+    def _broken(self, key: ClipKey, held: _Held) -> None:
+        shard = next(s for s in self._plan.sources[key.source].manifest.shards if s.name == key.shard)
+        row = sum(shard.row_groups[: key.row_group]) + key.row
+        name = held.row.get("id")
+        self._meters.broken_clips += 1
+        clip = BadClip(key.shard, row, name if isinstance(name, str) else None, held.error or "unknown")
+        self._on_broken(key.source, clip)

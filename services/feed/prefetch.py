@@ -1,0 +1,124 @@
+"""Batches on the device before they are asked for. Imports PyTorch, which read tasks must not."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.feed.assemble import Allocate, StepBatch
+from services.feed.meters import FeedMeters
+
+_JOIN_SECONDS = 10.0
+_SWITCH_SECONDS = 0.0005
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A `StepBatch` on the device."""
+
+    step: int
+    frames: Tensor
+    """uint8 [B, T, H, W, 3]"""
+    ids: list[str]
+
+
+def allocate_for(device: torch.device) -> Allocate:
+    """Page-locked memory where batches go to a GPU: only from such can the copy run beside computation."""
+    if device.type == "cuda":
+        return lambda shape: torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+    return lambda shape: np.empty(shape, np.uint8)  # in huge pages, which PyTorch does not ask for: a third of the time
+
+
+class DevicePrefetcher:
+    """Runs an iterator of batches in a thread, and copies each batch to the device one step ahead of its use."""
+
+    def __init__(
+        self, batches: Generator[StepBatch, None, None], device: torch.device, meters: FeedMeters, *, depth: int = 4
+    ) -> None:
+        """depth: batches that wait in memory at most. They must come from `allocate_for(device)`."""
+        self._batches, self._device, self._meters = batches, device, meters
+        self._queue: queue.Queue[StepBatch | BaseException | None] = queue.Queue(depth)
+        self._ended = False
+        self._failure: BaseException | None = None
+        self._stopped = threading.Event()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
+
+    def __iter__(self) -> Iterator[DeviceBatch]:
+        """All batches. Raises what the feed raises, after the last batch that it gave."""
+        # Decoders hold Python's lock for moments only, but each time that they want it they wait for as long as this
+        # for a thread that computes; the default of 5 ms costs them a sixth of their speed.
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
+        self._thread.start()
+        try:
+            due = self._next()
+            while due is not None:
+                ahead = None
+                if self._stream is not None:
+                    compute = torch.cuda.current_stream(self._device)
+                    compute.wait_stream(self._stream)
+                    due[0].frames.record_stream(compute)
+                    if not self._queue.empty():
+                        ahead = self._next()  # its copy starts now and runs beside this step
+                yield due[0]
+                due = ahead or self._next()
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the thread, also when it waits for room."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_SECONDS)
+
+    def _next(self) -> tuple[DeviceBatch, np.ndarray] | None:
+        """The next batch, on its way to the device, and the memory it comes from; None at the end."""
+        if self._ended:
+            return None
+        started = time.perf_counter()
+        self._meters.depth += self._queue.qsize()
+        item = self._queue.get()
+        self._meters.wait_seconds += time.perf_counter() - started
+        if not isinstance(item, StepBatch):
+            self._ended, self._failure = True, item
+            return None
+        self._meters.batches += 1
+        frames = torch.from_numpy(item.frames)
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                frames = frames.to(self._device, non_blocking=True)
+        elif self._device.type != "cpu":
+            frames = frames.to(self._device)
+        return DeviceBatch(item.step, frames, item.ids), item.frames
+
+    def _fill(self) -> None:
+        last: BaseException | None = None  # the end of the queue
+        try:
+            for batch in self._batches:
+                if not self._put(batch):
+                    break
+        except BaseException as error:  # noqa: BLE001 - raised again where the batches are asked for
+            last = error
+        finally:
+            self._batches.close()
+        self._put(last)
+
+    def _put(self, item: StepBatch | BaseException | None) -> bool:
+        """Whether it was taken before the prefetcher was closed."""
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False
