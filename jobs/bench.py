@@ -3,6 +3,7 @@
     python jobs/bench.py feed --json feed.json
     python jobs/bench.py feed --data data/clips --frames 10 --batch 64
     python jobs/bench.py feed --soak_minutes 30
+    python jobs/bench.py order --json order.json
 
 docs/performance.md explains each number, and holds those that were measured.
 """
@@ -19,31 +20,46 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/bench.py` puts only jobs/ on the path
 
-from flam_core.errors import SettingsError
 from services.bench.feed import FeedBenchSettings, bench_feed
+from services.bench.order import OrderBenchSettings, bench_order
 from services.console import run_program, table
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Video from storage to the trainer."""
+
+    json: Path | None = None
+    """Where the numbers go, as JSON."""
+    settings: Annotated[FeedBenchSettings, tyro.conf.arg(name="")] = field(default_factory=FeedBenchSettings)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The sample order by itself."""
+
+    json: Path | None = None
+    """Where the numbers go, as JSON."""
+    settings: Annotated[OrderBenchSettings, tyro.conf.arg(name="")] = field(default_factory=OrderBenchSettings)
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What `jobs/bench.py` takes."""
 
-    what: Annotated[str, tyro.conf.Positional]
-    """feed: video from storage to the trainer."""
-    json: Path | None = None
-    """Where the numbers go, as JSON."""
-    settings: Annotated[FeedBenchSettings, tyro.conf.arg(name="")] = field(default_factory=FeedBenchSettings)
+    what: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[Feed, tyro.conf.subcommand("feed")] | Annotated[Order, tyro.conf.subcommand("order")]
+    ]
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print, write."""
-    if arguments.what != "feed":
-        raise SettingsError(f"no benchmark {arguments.what!r}", fix="There is: feed.")
-    result = bench_feed(arguments.settings)
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    table("bench feed", flat(result))
+    what = arguments.what
+    result = bench_feed(what.settings) if isinstance(what, Feed) else bench_order(what.settings)
+    if what.json is not None:
+        what.json.parent.mkdir(parents=True, exist_ok=True)
+        what.json.write_text(json.dumps(result, indent=1) + "\n")
+    table(f"bench {type(what).__name__.lower()}", flat(result))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

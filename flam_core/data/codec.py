@@ -6,6 +6,7 @@ Camera video does not: `codec_choice` measures which one a source wants.
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import numpy as np
@@ -67,10 +68,20 @@ class Zstd:
             size = zstandard.frame_content_size(payload)
             if size != expected:
                 raise DataError(f"zstd payload holds {size} bytes, a clip of {shape} has {expected}")
-            pixels = zstandard.ZstdDecompressor().decompress(payload)
+            pixels = _decompressor().decompress(payload)
         except zstandard.ZstdError as error:
             raise DataError(f"zstd payload does not decode: {error}") from error
         return np.frombuffer(pixels, dtype=np.uint8).reshape(shape)
+
+
+_local = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """That of this thread: making one costs as much as a small clip, and threads cannot share it."""
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor()
+    return _local.decompressor
 
 
 class Raw:

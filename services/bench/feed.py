@@ -33,7 +33,7 @@ from services.bench.rivals import (
     write_tars,
 )
 from services.feed import Assembler, CacheSettings, FeedMeters, FeedPlan, FeedSource, StagePlan, make_dataset, steps_of
-from services.feed.prefetch import DevicePrefetcher
+from services.feed.prefetch import DevicePrefetcher, stack_for
 from services.feed.spill import spilled_bytes
 from services.storage import Location, resolve
 
@@ -81,6 +81,7 @@ class _Measured:
 _RESUMED = "feed_resumed"
 _RESUME_STEP = 10_007
 """In the middle of an epoch, a block and a chunk."""
+_CPU = torch.device("cpu")
 _SETTLE_SECONDS = 2.0
 """For the processes of one way to end before the next begins."""
 _TASK_CPUS, _FEED_CPUS = 0.5, 1.0
@@ -209,8 +210,8 @@ def _feed(
     limits = ExecutionResources(cpu=_FEED_CPUS)
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
     (shard,) = make_dataset(plan, start, task_cpus=_TASK_CPUS, cache=cache).streaming_split(1)
-    assembler = Assembler(plan, 0, threads=settings.cores, meters=meters)
-    prefetcher = DevicePrefetcher(steps_of(shard, plan, start, assembler, 0), torch.device("cpu"), meters)
+    assembler = Assembler(plan, 0, threads=settings.cores, stack=stack_for(_CPU), meters=meters)
+    prefetcher = DevicePrefetcher(steps_of(shard, plan, start, assembler, 0), _CPU, meters)
     try:
         for batch in prefetcher:
             yield batch.frames.numpy()

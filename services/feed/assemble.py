@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,8 @@ from services.feed.read import key_of
 _AHEAD = 8
 """Steps that are decoded and put together at a time."""
 
-Allocate = Callable[[tuple[int, ...]], np.ndarray]
-"""Gives an uninitialised uint8 array of a shape: page-locked memory, where batches go on to a GPU."""
+Stack = Callable[[list[np.ndarray]], np.ndarray]
+"""Copies arrays of one shape into a new one: into page-locked memory, where batches go on to a GPU."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class _Decoding:
     """Whether the meters know."""
 
 
-@dataclass(frozen=True)
-class _Due:
+class _Due(NamedTuple):
     """A window of a step that has begun."""
 
     window: Window
@@ -100,14 +99,14 @@ class Assembler:
         rank: int,
         *,
         threads: int = 1,
-        allocate: Allocate | None = None,
+        stack: Stack = np.stack,
         meters: FeedMeters | None = None,
         on_broken: Callable[[int, BadClip], None] | None = None,
     ) -> None:
         """threads: that decode. on_broken: told once of each clip that cannot be used, with the number of
         its data set; its windows are left out of the batches."""
         self._plan, self._rank = plan, rank
-        self._allocate: Allocate = allocate or (lambda shape: np.empty(shape, np.uint8))
+        self._stack = stack
         self._meters = meters or FeedMeters()
         self._on_broken = on_broken or (lambda _source, _clip: None)
         self._clips: dict[ClipKey, _Held] = {}
@@ -166,14 +165,13 @@ class Assembler:
     def _copy(self, step: int, due: list[_Due]) -> np.ndarray | None:
         """The frames of a step; None if all of its clips are broken."""
         stage = self._plan.stages[self._plan.stage_of(step)[0]]
-        good = [(one.window.start, pixels) for one in due if (pixels := one.frames()) is not None]
-        if not good:
-            return None
-        frames = self._allocate((len(good), stage.clip_frames, *self._plan.frame_size, 3))
         span, skip = stage.shape.span, stage.frame_skip
-        for place, (start, pixels) in enumerate(good):
-            frames[place] = pixels[start : start + span : skip]
-        return frames
+        good = [
+            pixels[one.window.start : one.window.start + span : skip]
+            for one in due
+            if (pixels := one.frames()) is not None
+        ]
+        return self._stack(good) if good else None
 
     def _finish(self, begun: _Begun) -> StepBatch:
         frames = begun.frames.result()

@@ -31,6 +31,8 @@ from services.training.finish import Finished, finish
 from services.training.worker import FEED_TOTALS, WorkerJob, train_worker
 
 _TASK_CPUS = 0.5
+_FEED_CPUS = 0.6
+"""One read task and what tells it which: the least that Ray Data needs beside the workers."""
 _OBJECT_STORE_BYTES = 1 << 30
 
 
@@ -214,7 +216,7 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
     cache = CacheSettings(settings.cache, int(settings.cache_gb * 1e9)) if settings.cache else None
     options = ExecutionOptions(
         preserve_order=True,
-        resource_limits=ExecutionResources(cpu=max(_TASK_CPUS, cpus - settings.workers * settings.worker_cpus)),
+        resource_limits=ExecutionResources(cpu=max(_FEED_CPUS, cpus - settings.workers * settings.worker_cpus)),
     )
 
     def dataset() -> ray.data.Dataset:
@@ -256,9 +258,9 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
 def _check_resources(settings: TrainSettings) -> None:
     """Raises EnvironmentFault if the cluster can never run this: Ray itself would wait for ever, with a warning."""
     cpus = ray.cluster_resources().get("CPU", 0)
-    if settings.workers * settings.worker_cpus + _TASK_CPUS > cpus:
+    if settings.workers * settings.worker_cpus + _FEED_CPUS > cpus:
         raise EnvironmentFault(
-            f"{settings.workers} workers of {settings.worker_cpus:g} CPUs leave Ray Data less than {_TASK_CPUS} of the "
+            f"{settings.workers} workers of {settings.worker_cpus:g} CPUs leave Ray Data less than {_FEED_CPUS} of the "
             f"cluster's {cpus:g} CPUs: the run would wait for ever",
             fix="Lower --workers or --worker_cpus (they are logical: 0.5 is fine), or add CPUs.",
         )

@@ -17,7 +17,7 @@ from flam_core.config import Config
 from flam_core.learning.trainer import Trainer
 from services.feed import Assembler, FeedMeters, FeedPlan, flam_cause, steps_of
 from services.feed.meters import FeedGauges
-from services.feed.prefetch import DevicePrefetcher, allocate_for
+from services.feed.prefetch import DevicePrefetcher, stack_for
 from services.feed.spill import spilled_bytes
 from services.storage import Location, write_bytes
 from services.tracking import RunInfo, TrackedRun
@@ -95,7 +95,7 @@ def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch
         job.plan,
         rank,
         threads=_decoders(),
-        allocate=allocate_for(device),
+        stack=stack_for(device),
         meters=log.feed,
         on_broken=BrokenClips(job.run, job.plan, rank, job.max_bad_share),
     )
