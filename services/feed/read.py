@@ -14,10 +14,11 @@ import pyarrow as pa
 from flam_core.data.codec import Raw
 from flam_core.data.order import ClipKey
 from flam_core.data.shard import FRAME_COLUMNS, decode_clip, read_row_group
-from flam_core.errors import DataError, FlamError, pack
+from flam_core.errors import DataError, EnvironmentFault, FlamError, pack
 from services.feed.plan import ClipUse, FeedPlan
 from services.storage import Location, counters
 from services.storage.cache import BlockCache
+from services.storage.faults import storage_fault
 
 _CLIP = pa.struct(
     [
@@ -131,7 +132,12 @@ def _read_group(
 
 
 def _fetch(data: Location, shard: str, group: int) -> pa.Table:
-    return read_row_group(data.fs, f"{data.path}/{shard}", group, FRAME_COLUMNS)
+    try:
+        return read_row_group(data.fs, f"{data.path}/{shard}", group, FRAME_COLUMNS)
+    except EnvironmentFault as error:
+        if isinstance(error.__cause__, OSError):  # storage knows better what it means
+            raise storage_fault(error.__cause__, f"{data.uri}/{shard}") from error
+        raise
 
 
 def _decoded(taken: pa.Table, columns: dict[str, pa.Array], shard: str) -> tuple[dict[str, pa.Array], list[str | None]]:

@@ -70,7 +70,7 @@ def test_faults_that_pass_change_nothing(
         assert retries(meters) > 0
 
 
-@pytest.mark.parametrize(("fault", "said"), [("503", "503"), ("403", "forbids access")])
+@pytest.mark.parametrize(("fault", "said"), [("503", "SERVICE_UNAVAILABLE"), ("403", "forbids access")])
 def test_faults_that_stay_are_a_clear_stop(
     behind: FeedPlan,
     proxy: FaultProxy,
