@@ -211,7 +211,7 @@ def _feed(
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
     (shard,) = make_dataset(plan, start, task_cpus=_TASK_CPUS, cache=cache).streaming_split(1)
     assembler = Assembler(plan, 0, threads=settings.cores, stack=stack_for(_CPU), meters=meters)
-    prefetcher = DevicePrefetcher(steps_of(shard, plan, start, assembler, 0), _CPU, meters)
+    prefetcher = DevicePrefetcher(steps_of(shard, plan, start, assembler, 0), _CPU, meters, plan.batch_bytes)
     try:
         for batch in prefetcher:
             yield batch.frames.numpy()

@@ -21,8 +21,8 @@ from services.feed.meters import FeedMeters
 from services.feed.plan import FeedPlan
 from services.feed.read import key_of
 
-_AHEAD = 8
-"""Steps that are decoded and put together at a time."""
+_AHEAD, _AHEAD_BYTES = 8, 128 << 20
+"""Steps that are decoded and put together at a time: so many, unless they are larger than that."""
 
 Stack = Callable[[list[np.ndarray]], np.ndarray]
 """Copies arrays of one shape into a new one: into page-locked memory, where batches go on to a GPU."""
@@ -133,11 +133,12 @@ class Assembler:
         Raises DataError if all clips of a batch are broken, TrainingFailed if a clip was not given.
         """
         begun: deque[_Begun] = deque()
-        for first in range(steps.start, steps.stop, _AHEAD):
-            group = range(first, min(first + _AHEAD, steps.stop))
+        ahead = max(1, min(_AHEAD, _AHEAD_BYTES // self._plan.batch_bytes))
+        for first in range(steps.start, steps.stop, ahead):
+            group = range(first, min(first + ahead, steps.stop))
             for step, windows in zip(group, self._plan.windows_of(group, self._rank), strict=True):
                 begun.append(self._begin(step, windows))
-                if len(begun) > _AHEAD:
+                if len(begun) > ahead:
                     yield self._finish(begun.popleft())
         while begun:
             yield self._finish(begun.popleft())

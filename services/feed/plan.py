@@ -114,6 +114,12 @@ class FeedPlan:
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of the largest batch of one rank."""
+        frames = max(stage.batch_clips * stage.clip_frames for stage in self.stages) // self.world
+        return frames * self.frame_size[0] * self.frame_size[1] * 3
+
     @cached_property
     def chunk_steps(self) -> int:
         """Steps that one read task serves for one rank.

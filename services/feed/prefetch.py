@@ -17,6 +17,8 @@ from torch import Tensor
 from services.feed.assemble import Stack, StepBatch
 from services.feed.meters import FeedMeters
 
+_DEPTH, _DEPTH_BYTES = 4, 256 << 20
+"""Batches that lie ready at most: so many, unless they are larger than that."""
 _JOIN_SECONDS = 10.0
 _SWITCH_SECONDS = 0.0005
 
@@ -56,9 +58,10 @@ class DevicePrefetcher:
     """Runs an iterator of batches in a thread, and copies each batch to the device one step ahead of its use."""
 
     def __init__(
-        self, batches: Generator[StepBatch, None, None], device: torch.device, meters: FeedMeters, *, depth: int = 4
+        self, batches: Generator[StepBatch, None, None], device: torch.device, meters: FeedMeters, batch_bytes: int
     ) -> None:
-        """depth: batches that wait in memory at most. They must be stacked by `stack_for(device)`."""
+        """batches must be stacked by `stack_for(device)`; batch_bytes is the size of the largest."""
+        depth = max(1, min(_DEPTH, _DEPTH_BYTES // batch_bytes))
         self._batches, self._device, self._meters = batches, device, meters
         self._queue: queue.Queue[StepBatch | BaseException | None] = queue.Queue(depth)
         self._ended = False

@@ -100,14 +100,17 @@ def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch
         on_broken=BrokenClips(job.run, job.plan, rank, job.max_bad_share),
     )
     batches = steps_of(shard, job.plan, trainer.step, assembler, rank)
-    for batch in DevicePrefetcher(batches, device, log.feed):
-        log.begin()
-        measured = trainer.train_step(batch.frames, batch.ids)
-        log.step(trainer, measured, batch.frames.shape[0] * batch.frames.shape[1])
-        if trainer.step % job.config.checkpoint_every == 0 or trainer.step == trainer.total_steps:
-            log.flush()
-            if rank == 0:
-                checkpoints.save(job.run, trainer.step, **trainer.state())  # type: ignore[arg-type]
+    try:
+        for batch in DevicePrefetcher(batches, device, log.feed, job.plan.batch_bytes):
+            log.begin()
+            measured = trainer.train_step(batch.frames, batch.ids)
+            log.step(trainer, measured, batch.frames.shape[0] * batch.frames.shape[1])
+            if trainer.step % job.config.checkpoint_every == 0 or trainer.step == trainer.total_steps:
+                log.flush()
+                if rank == 0:
+                    checkpoints.save(job.run, trainer.step, **trainer.state())  # type: ignore[arg-type]
+    finally:
+        assembler.close()
     if trainer.step < trainer.total_steps:
         raise RuntimeError(f"the feed ended at step {trainer.step} of {trainer.total_steps}")
     if rank == 0:
