@@ -197,7 +197,7 @@ def _open_run(prepared: Prepared, tracking_uri: str) -> RunInfo:
         tags={
             "recipe": config.recipe,
             "dataset": prepared.data_name,
-            "data": ", ".join(f"{source.data.uri}@{source.weight:g}" for source in prepared.sources),
+            "data": ",".join(_as_given(source, alone=len(prepared.sources) == 1) for source in prepared.sources),
             "manifest_sha256": ", ".join(source.manifest.sha256 for source in prepared.sources),
             "config_sha256": config.sha256(),
             "git_commit": git_commit(),
@@ -348,6 +348,11 @@ def _run_id(config: Config, data: str, fresh: bool) -> str:
 
 def _at_home(address: str) -> str:
     return address if "://" in address else str(home() / Path(address).expanduser())
+
+
+def _as_given(source: FeedSource, *, alone: bool) -> str:
+    """A data set as `--data` names it."""
+    return source.data.uri if alone else f"{source.data.uri}@{source.weight:g}"
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> dict[str, str]:
