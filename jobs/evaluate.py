@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/eva
 
 import flam_core
 from flam_core.config import EvaluationConfig
-from flam_core.data.manifest import read_manifest
+from flam_core.data.quarantine import MAX_BAD_SHARE, BadClip, Quarantine
 from flam_core.errors import SettingsError
 from flam_core.evaluation.report import write_report
 from services.console import run_program, table
-from services.storage import resolve
+from services.training.data import open_sources
 from services.training.finish import evaluate_on
 
 
@@ -37,21 +37,29 @@ class Arguments:
     """Which held-out episodes."""
     seed: int = 0
     """Of the shuffling and the bootstrap."""
+    max_bad_share: float = MAX_BAD_SHARE
+    """Share of clips that may be broken or quarantined; beyond it the job stops with the list."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 def main(arguments: Arguments) -> None:
     """Load, measure, write."""
-    data = resolve(arguments.data)
-    manifest = read_manifest(data.fs, data.path)
+    (source,) = open_sources([(arguments.data, 1.0)], max_bad_share=arguments.max_bad_share)
+    manifest = source.manifest
     model = flam_core.load(arguments.model)
     size = model.tokenizer.config.frame_size
     if manifest.frame_size != (size, size):
         raise SettingsError(
-            f"{arguments.model} takes frames of {size}x{size}, data set {data} has {manifest.frame_size}",
+            f"{arguments.model} takes frames of {size}x{size}, data set {source.data} has {manifest.frame_size}",
             fix=f"Ingest the data with --size {size}.",
         )
-    measured = evaluate_on(model, manifest, data, arguments.evaluation, arguments.seed, arguments.split)
+    broken: list[BadClip] = []
+    measured = evaluate_on(
+        model, source, arguments.evaluation, arguments.seed, split=arguments.split, on_broken=broken.append
+    )
+    for clip in broken:
+        print(f"left out: {clip}", flush=True)
+    Quarantine(clips=(*source.quarantine.clips, *broken)).check(manifest, arguments.max_bad_share)
     info = {"model": arguments.model, "data set": manifest.name, "split": arguments.split, "seed": str(arguments.seed)}
     report = write_report(arguments.out, measured.rollouts, measured.metrics, info, measured.notes)
     rows = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from flam_core.data.quarantine import BadClip
+from flam_core.data.quarantine import BadClip, Quarantine
 from flam_core.errors import DataError
-from services.feed import FeedPlan
+from services.feed import FeedPlan, FeedSource
 from services.storage import Location, exists, read_bytes, write_bytes
 
 _SHOWN = 20
@@ -46,12 +47,36 @@ class BrokenClips:
 
 def merge_broken(run: Location, workers: int) -> int:
     """Gather what the ranks found in the run's `quarantine.json`; how many clips it names."""
-    found: dict[str, dict[str, object]] = {}
-    for place in (run / "quarantine.json", *(run / f"quarantine-rank-{rank}.json" for rank in range(workers))):
-        if exists(place):
-            for entry in json.loads(read_bytes(place)):
-                found[f"{entry['data']} {entry['shard']} {entry['row']}"] = entry
+    found = _listed(run, "quarantine.json", *(f"quarantine-rank-{rank}.json" for rank in range(workers)))
+    return _write(run, found)
+
+
+def add_broken(run: Location, source: FeedSource, clips: Sequence[BadClip], max_share: float) -> None:
+    """Add what evaluation found to the run's `quarantine.json`.
+
+    Raises DataError with the list if the data set now has more broken clips than the share allowed.
+    """
+    found = _listed(run, "quarantine.json")
+    for clip in clips:
+        entry = {"data": source.data.uri, **asdict(clip)}
+        if found.setdefault(_key(entry), entry) is entry:
+            print(f"left out of evaluation: {source.data.uri}/{clip}", flush=True)
+    _write(run, found)
+    known = Quarantine(clips=(*source.quarantine.clips, *clips))
+    known.check(source.manifest, max_share)
+
+
+def _listed(run: Location, *names: str) -> dict[str, dict[str, object]]:
+    places = [run / name for name in names]
+    return {_key(entry): entry for place in places if exists(place) for entry in json.loads(read_bytes(place))}
+
+
+def _write(run: Location, found: dict[str, dict[str, object]]) -> int:
     if found:
         entries = [found[key] for key in sorted(found)]
         write_bytes(run / "quarantine.json", (json.dumps(entries, indent=1) + "\n").encode())
     return len(found)
+
+
+def _key(entry: dict[str, object]) -> str:
+    return f"{entry['data']} {entry['shard']} {entry['row']}"

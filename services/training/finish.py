@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +12,19 @@ import numpy as np
 import torch
 
 from flam_core.config import EvaluationConfig
-from flam_core.data.manifest import Manifest
+from flam_core.data.quarantine import BadClip
 from flam_core.errors import TrainingFailed
-from flam_core.evaluation.evaluate import Evaluation, evaluate
+from flam_core.evaluation.evaluate import Evaluation, HeldOutClip, evaluate
 from flam_core.evaluation.held_out import held_out_clips
 from flam_core.evaluation.report import write_report
 from flam_core.model import Flam
 from flam_core.saved_model import save_model, weights_from_bytes
+from services.feed import FeedSource
 from services.registry import register
-from services.storage import Location, write_bytes
+from services.storage import write_bytes
 from services.tracking import RunInfo, TrackedRun
 from services.training import checkpoints
+from services.training.broken import add_broken
 
 if TYPE_CHECKING:
     from services.training.launch import Prepared
@@ -49,7 +52,9 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
     model = Flam(config.tokenizer, config.model)
     weights_from_bytes(model, saved.model)
     model.to(device).eval()
-    measured = evaluate_on(model, prepared.manifest, prepared.data, config.evaluation, config.seed)
+    broken: list[BadClip] = []
+    measured = evaluate_on(model, prepared.sources[0], config.evaluation, config.seed, on_broken=broken.append)
+    add_broken(prepared.run, prepared.sources[0], broken, prepared.settings.max_bad_share)
     info = {
         "run": prepared.run_id,
         "recipe": config.recipe,
@@ -90,13 +95,36 @@ _TAGGED = ("rollout/psnr@1", "rollout/psnr@10", "copy/psnr@1", "copy/psnr@10", "
 
 
 def evaluate_on(
-    model: Flam, manifest: Manifest, data: Location, config: EvaluationConfig, seed: int, split: str = "test"
+    model: Flam,
+    source: FeedSource,
+    config: EvaluationConfig,
+    seed: int,
+    *,
+    split: str = "test",
+    on_broken: Callable[[BadClip], None],
 ) -> Evaluation:
-    """Evaluate a model on the held-out episodes of a data set. Raises DataError if none is long enough."""
+    """Evaluate a model on the held-out episodes of a data set, without its quarantined clips.
+
+    `on_broken` is told of each clip that turns out to be broken and is left out. Raises DataError if no clip is long
+    enough.
+    """
     frames = config.context + config.horizon
-    clips = held_out_clips(manifest, data.fs, data.path, split, frames, max(config.clips, config.probe_clips))
-    probes = held_out_clips(manifest, data.fs, data.path, "train", frames, config.probe_clips)
-    return evaluate(model, clips, probes, clips, config, seed)
+
+    def read(split: str, limit: int) -> list[HeldOutClip]:
+        data = source.data
+        return held_out_clips(
+            source.manifest,
+            data.fs,
+            data.path,
+            split,
+            frames,
+            limit,
+            quarantine=source.quarantine,
+            on_broken=on_broken,
+        )
+
+    clips = read(split, max(config.clips, config.probe_clips))
+    return evaluate(model, clips, read("train", config.probe_clips), clips, config, seed)
 
 
 def _point_latest(outputs: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler, LocalFileSystem, PyFileSystem
 
 from flam_core.data.manifest import read_manifest
+from flam_core.data.quarantine import BadClip, Quarantine
 from flam_core.data.shard import Truth
 from flam_core.data.sources import IteratorSource, SourceFlags, choose_source
 from flam_core.data.sources.truth import make_truth
@@ -103,11 +104,15 @@ def test_data_with_part_of_the_truth_verifies_and_is_read_for_evaluation(tmp_pat
     store(IteratorSource("mine", given, fps=7.0, video=VideoOptions(size=32)), tmp_path / "set")
     assert verify_data(FS, str(tmp_path / "set"), workers=1).bad_clips == 0
     manifest = read_manifest(FS, str(tmp_path / "set"))
+    broken: list[BadClip] = []
     clips = [
         clip
         for split in ("train", "val", "test")
-        for clip in held_out_clips(manifest, FS, str(tmp_path / "set"), split, 10, 99)
+        for clip in held_out_clips(
+            manifest, FS, str(tmp_path / "set"), split, 10, 99, quarantine=Quarantine(), on_broken=broken.append
+        )
     ]
+    assert not broken
     assert len(clips) == 16
     for clip in clips:
         kind = given[int(clip.episode[-1])][1]
