@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, get_args
 
+from flam_core.config_json import canonical_json, to_dict
 from flam_core.errors import SettingsError
-
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,9 @@ class TokenizerConfig:
 class ModelConfig:
     """The four parts of FLAM (flam-spec: stage 2)."""
 
+    state: Literal["slots", "patches"] = "slots"
+    """What the dynamics work on. "slots": FLAM. "patches": the grid of features itself, under `factors` latent actions
+    that are read from the whole frame and act on all of it: a monolithic model with one, grouped latents with more."""
     factors: int = 4
     """K: slots, each with its own latent action."""
     width: int = 256
@@ -101,8 +99,22 @@ class ModelConfig:
     by matching positions; from 1 that takes several times as long as from 3 (docs/devlog.md)."""
     temporal_window: int = 10
     """Frames of the past that temporal attention sees. Time is relative, so rollouts may be longer than training."""
-    latent: Literal["gaussian", "vq"] = "gaussian"
-    """Continuous (reparameterised Gaussian) or discrete (one codebook shared by all slots) latent actions."""
+    slot_time: Literal["attention", "recurrent"] = "attention"
+    """How a slot keeps its entity over time. "attention": causal attention over its own past, all frames at once (the
+    paper). "recurrent": none; slots start from the previous frame's (the paper's ablation)."""
+    slot_training: Literal["joint", "apart"] = "joint"
+    """What trains the factorizer. "joint": everything (the paper). "apart": loss.bridge alone, and the dynamics take
+    slots as they are, as in models with a pre-trained, frozen slot encoder (PlaySlot)."""
+    coupling: Literal["factored", "own", "global"] = "factored"
+    """What an action may know and do. "factored": from all current slots and the slot's own next value; moves its own
+    slot (the paper). "own": from the slot's own two values alone (PlaySlot). "global": from all next slots, and
+    moves all (the paper's Global-Coupled ablation)."""
+    latent: Literal["gaussian", "vq", "none", "true"] = "gaussian"
+    """Latent actions: continuous (reparameterised Gaussian), discrete (one codebook shared by all slots), none at all
+    (SlotFormer), or the data set's true actions instead (a plain world model)."""
+    true_actions: tuple[int, int, int] | None = None
+    """Of latent "true": entities, numbers of an entity's action, and kinds of a discrete action (0: the numbers are
+    values)."""
     latent_width: int = 256
     """Total width of the latent actions, shared out evenly: latent_width / factors a slot."""
     initial_log_variance: float = -5.0
@@ -111,6 +123,15 @@ class ModelConfig:
     """Codes of the VQ latent action."""
     commitment: float = 0.25
     """Weight of the VQ commitment loss."""
+    codebook_decay: float | None = None
+    """Codes follow the mean of what falls to them at this rate, such as 0.99 (van den Oord et al. 2017, appendix A.1).
+    None: they are trained by gradient."""
+    codebook_revival: float = 0.0
+    """A code whose running share of all transitions is below this share of an even split moves to a transition of the
+    batch; 0 leaves dead codes dead."""
+    prior_components: int = 8
+    """Of the learned prior over a slot's next latent action given the slots so far: a mixture of so many Gaussians. A
+    discrete latent has one number a code instead."""
 
     def __post_init__(self) -> None:
         for name in ("factors", "width", "heads", "blocks", "iterations", "temporal_window", "latent_width"):
@@ -133,6 +154,35 @@ class ModelConfig:
             )
         if self.latent == "vq" and self.codebook < 2:
             raise SettingsError(f"model.codebook = {self.codebook}", fix="A codebook needs at least 2 codes.")
+        if self.state == "patches" and (self.coupling != "factored" or self.slot_time != "attention"):
+            raise SettingsError(
+                "model.coupling and model.slot_time are about slots, and model.state is patches",
+                fix="Leave them at their defaults, or use model.state slots.",
+            )
+        if (self.latent == "true") != (self.true_actions is not None):
+            raise SettingsError(
+                f"model.latent is {self.latent} and model.true_actions {self.true_actions}",
+                fix="Give true_actions (entities, numbers, kinds) with latent true, and only then.",
+            )
+        if self.latent == "none" and self.state == "patches":
+            raise SettingsError(
+                "model.latent none with model.state patches", fix="Without actions, use --model.state slots."
+            )
+        if self.latent == "true" and (self.state != "patches" or self.factors != 1):
+            raise SettingsError(
+                f"model.latent true with model.state {self.state} and {self.factors} factors",
+                fix="A world model of true actions has one action for all: --model.state patches --model.factors 1.",
+            )
+        if self.true_actions is not None and (min(self.true_actions[:2]) < 1 or self.true_actions[2] < 0):
+            raise SettingsError(
+                f"model.true_actions = {self.true_actions}", fix="Give entities >= 1, numbers >= 1 and kinds >= 0."
+            )
+        if self.codebook_decay is not None and not 0 < self.codebook_decay < 1:
+            raise SettingsError(f"model.codebook_decay = {self.codebook_decay}", fix="It must lie between 0 and 1.")
+        if not 0 <= self.codebook_revival < 1:
+            raise SettingsError(f"model.codebook_revival = {self.codebook_revival}", fix="It is a share: 0 to 1.")
+        if self.prior_components < 1:
+            raise SettingsError(f"model.prior_components = {self.prior_components}", fix="It must be at least 1.")
         if self.latent == "vq" and self.action_dim < 2:
             raise SettingsError(
                 f"model.latent_width {self.latent_width} leaves each of {self.factors} slots one number, and codes of "
@@ -172,7 +222,9 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.window_stride is not None and self.window_stride < 1:
             raise SettingsError(f"window_stride = {self.window_stride} in a stage", fix="It must be at least 1.")
-        for name in ("steps", "batch_clips", "clip_frames", "frame_skip"):
+        if self.steps < 0:
+            raise SettingsError(f"steps = {self.steps} in a stage", fix="It must not be negative.")
+        for name in ("batch_clips", "clip_frames", "frame_skip"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)} in a stage", fix="It must be at least 1.")
         if not (self.learning_rate > 0 and self.clip_norm > 0):  # so said, it also catches nan
@@ -189,6 +241,8 @@ class LossConfig:
     """Weight of the KL, summed over slots and latent dimensions."""
     beta_warmup: tuple[float, float] = (0.0, 0.0)
     """Shares of the steps at which beta starts to rise from zero and at which it is reached."""
+    free_bits: float = 0.0
+    """Nats of a slot's KL, on average over the batch, that cost nothing."""
     bridge: float = 0.0
     """Weight of predicting the next features from the *true* next slots. It trains what slots carry without waiting
     for the dynamics to work; the paper has none."""
@@ -204,13 +258,28 @@ class LossConfig:
         start, end = self.beta_warmup
         if not 0 <= start <= end <= 1:
             raise SettingsError(f"loss.beta_warmup = {self.beta_warmup}", fix="Give 0 <= start <= end <= 1.")
-        if min(self.beta, self.bridge, self.slot_prediction, self.rollout_steps, self.rollout_weight) < 0:
+        if (
+            min(self.beta, self.free_bits, self.bridge, self.slot_prediction, self.rollout_steps, self.rollout_weight)
+            < 0
+        ):
             raise SettingsError("loss weights must not be negative", fix="Check loss.*.")
+
+
+Measured = Literal["rollout", "horizon", "dci", "action_probe", "leakage", "slots", "lpips", "fvd"]
+"""Names of what can be measured on held-out episodes (docs/metrics.md)."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured on held-out episodes."""
+
+    measures: tuple[Measured, ...] = get_args(Measured)
+    """What is measured at the end. The report is built on "rollout", so it must be among them."""
+    during: tuple[tuple[Measured, int], ...] = ()
+    """What is measured while FLAM trains (stage 2), each with the number of steps from one time to the next: `rollout
+    500 dci 1000`."""
+    during_clips: int = 16
+    """Clips, of each kind, that are measured while training."""
 
     clips: int = 64
     """Clips of the test split that are rolled out."""
@@ -221,12 +290,42 @@ class EvaluationConfig:
     rollout: Literal["slots", "frames"] = "slots"
     """What is fed back: predicted slots, or slots of the predicted frames, which the tokenizer has cleaned."""
     probe_clips: int = 128
-    """Clips of the train split and of the test split that the linear probes (DCI) use."""
+    """Clips of the train split and of the test split that the linear probes (DCI, true actions) use."""
+    long_clips: int = 16
+    """Clips of the test split whose long rollout is measured."""
+    long_horizon: int = 50
+    """Steps of the long rollout; fewer where clips are shorter."""
+    replacement: Literal["other", "zero", "prior"] = "other"
+    """By what one slot's latent action is replaced to see what changes: another clip's of the same slot, zero, or one
+    drawn from the fixed prior."""
+    lpips_weights: str | None = None
+    """A safetensors file with the weights of LPIPS (docs/metrics.md). Without one, LPIPS is not measured."""
+    lpips_sha256: str | None = None
+    """SHA-256 of that file, in hex."""
+    fvd_weights: str | None = None
+    """A safetensors file with the weights of I3D (docs/metrics.md). Without one, FVD is not measured."""
+    fvd_sha256: str | None = None
+    """SHA-256 of that file, in hex."""
 
     def __post_init__(self) -> None:
-        for name in ("clips", "horizon", "context", "probe_clips"):
+        for name in ("clips", "horizon", "context", "probe_clips", "during_clips", "long_clips", "long_horizon"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"evaluation.{name} = {getattr(self, name)}", fix="It must be at least 1.")
+        if "rollout" not in self.measures:
+            raise SettingsError(
+                f"evaluation.measures = {self.measures}", fix='Add "rollout": the report is built on it.'
+            )
+        if odd := [f"{name} {steps}" for name, steps in self.during if steps < 1]:
+            raise SettingsError(f"evaluation.during has {', '.join(odd)}", fix="Steps must be at least 1.")
+        names = [name for name, _ in self.during]
+        if len(set(names)) < len(names):
+            raise SettingsError(f"evaluation.during names one twice: {' '.join(names)}", fix="Give each one cadence.")
+        for name in ("lpips", "fvd"):
+            if (getattr(self, f"{name}_weights") is None) != (getattr(self, f"{name}_sha256") is None):
+                raise SettingsError(
+                    f"evaluation.{name}_weights and evaluation.{name}_sha256 belong together, and one is missing",
+                    fix="Give both, or neither.",
+                )
 
 
 @dataclass(frozen=True)
@@ -241,6 +340,10 @@ class Config:
     flam_stage: StageConfig
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    variant: str = "flam"
+    """FLAM itself, a rival or an ablation (flam_core/variants.py), which changes the settings above."""
+    tokenizer_sha256: str | None = None
+    """Of the weights of a tokenizer that is given (`jobs/train.py --tokenizer_from`), so that stage 1 has no steps."""
     slot_hold: float = 0.0
     """Share of the stage-2 steps for which the factorizer stays as it started, so that the dynamics learn to use a good
     start (model.slot_start) before it can drift away."""
@@ -254,10 +357,24 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.slot_hold < 1:
             raise SettingsError(f"slot_hold = {self.slot_hold}", fix="It is a share of the steps: 0 <= slot_hold < 1.")
+        if (self.tokenizer_stage.steps == 0) != (self.tokenizer_sha256 is not None) or not self.flam_stage.steps:
+            raise SettingsError(
+                f"{self.tokenizer_stage.steps} steps of stage 1, {self.flam_stage.steps} of stage 2, given tokenizer "
+                f"{self.tokenizer_sha256}",
+                fix="Give each stage at least one step; stage 1 none with a tokenizer of its own (--tokenizer_from).",
+            )
         if self.checkpoint_every < 1:
             raise SettingsError(f"checkpoint_every = {self.checkpoint_every}", fix="It must be at least 1.")
         if self.flam_stage.clip_frames < 2:
             raise SettingsError("flam_stage.clip_frames = 1: there is no next frame to predict", fix="Use 2 or more.")
+        if self.model.state == "patches" and (self.loss.bridge or self.loss.slot_prediction):
+            raise SettingsError(
+                "loss.bridge and loss.slot_prediction are about slots, and model.state is patches", fix="Set both to 0."
+            )
+        if self.model.slot_training == "apart" and not self.loss.bridge:
+            raise SettingsError(
+                "model.slot_training apart, and nothing trains the slots", fix="Set loss.bridge, say to 1."
+            )
         if self.model.temporal_window > self.flam_stage.clip_frames:
             raise SettingsError(
                 f"model.temporal_window {self.model.temporal_window} is longer than flam_stage.clip_frames "
@@ -274,70 +391,3 @@ class Config:
     def sha256(self) -> str:
         """Hex digest of the canonical JSON."""
         return hashlib.sha256(canonical_json(to_dict(self)).encode()).hexdigest()
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values, equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON types. Equal configs give equal dicts: a 2 where a float is meant becomes 2.0."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    return json.loads(json.dumps(dataclasses.asdict(from_dict(type(config), plain))))
-
-
-def from_dict(kind: type[ConfigT], values: Any, where: str = "config") -> ConfigT:
-    """Rebuild a config of type `kind` from `to_dict`'s output.
-
-    Raises SettingsError for a field that is unknown, missing or of the wrong type.
-    """
-    if not isinstance(values, dict):
-        raise SettingsError(f"{where} is {type(values).__name__}, not an object", fix="Is it written by flam?")
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(fields)):
-        raise SettingsError(
-            f"{where} has unknown fields {', '.join(unknown)}", fix="It was written by another version of flam."
-        )
-    known = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    try:
-        return kind(**known)
-    except TypeError as error:
-        raise SettingsError(f"{where} is incomplete: {error}", fix="It was written by another version.") from error
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(inner) == len(value):
-            return tuple(_convert(k, v, where) for k, v in zip(inner, value, strict=True))
-    elif origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            if option is type(None) and value is None:
-                return None
-            if option is not type(None) and value is not None:
-                return _convert(option, value, where)
-    elif origin is Literal:
-        if value in arguments:
-            return value
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise SettingsError(f"{where} = {value!r} is not a valid {kind}", fix="Was the file edited by hand?")
-
-
-def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two configs of one type differ, with both values."""
-    found = []
-    for f in dataclasses.fields(a):
-        left, right, name = getattr(a, f.name), getattr(b, f.name), f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(left) and type(left) is type(right):
-            found += differing_fields(left, right, f"{name}.")
-        elif left != right:
-            found.append(f"{name} ({left} there, {right} here)")
-    return found

@@ -11,14 +11,15 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
-from flam_core.config import ModelConfig, TokenizerConfig, from_dict, to_dict
+from flam_core.config import ModelConfig, TokenizerConfig
+from flam_core.config_json import from_dict, to_dict
 from flam_core.errors import DataError, EnvironmentFault, SettingsError
 from flam_core.model import Flam
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def weights_to_bytes(model: nn.Module) -> bytes:

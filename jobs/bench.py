@@ -4,6 +4,8 @@
     python jobs/bench.py feed --data data/clips --frames 10 --batch 64
     python jobs/bench.py feed --soak_minutes 30
     python jobs/bench.py order --json order.json
+    python jobs/bench.py model --json model.json
+    python jobs/bench.py model --recipes multigrid --clips 2 --no_compile
 
 docs/performance.md explains each number, and holds those that were measured.
 """
@@ -21,6 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/bench.py` puts only jobs/ on the path
 
 from services.bench.feed import FeedBenchSettings, bench_feed
+from services.bench.model import ModelBenchSettings, bench_model, rows
 from services.bench.order import OrderBenchSettings, bench_order
 from services.console import run_program, table
 
@@ -44,22 +47,40 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Model:
+    """Training steps of both stages, and FLAM's beside a monolithic model's."""
+
+    json: Path | None = None
+    """Where the numbers go, as JSON."""
+    settings: Annotated[ModelBenchSettings, tyro.conf.arg(name="")] = field(default_factory=ModelBenchSettings)
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What `jobs/bench.py` takes."""
 
     what: tyro.conf.OmitSubcommandPrefixes[
-        Annotated[Feed, tyro.conf.subcommand("feed")] | Annotated[Order, tyro.conf.subcommand("order")]
+        Annotated[Feed, tyro.conf.subcommand("feed")]
+        | Annotated[Order, tyro.conf.subcommand("order")]
+        | Annotated[Model, tyro.conf.subcommand("model")]
     ]
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print, write."""
     what = arguments.what
-    result = bench_feed(what.settings) if isinstance(what, Feed) else bench_order(what.settings)
+    result = measure(what)
     if what.json is not None:
         what.json.parent.mkdir(parents=True, exist_ok=True)
         what.json.write_text(json.dumps(result, indent=1) + "\n")
-    table(f"bench {type(what).__name__.lower()}", flat(result))
+    table(f"bench {type(what).__name__.lower()}", rows(result) if isinstance(what, Model) else flat(result))
+
+
+def measure(what: Feed | Order | Model) -> dict[str, Any]:
+    """What was asked for, as plain JSON."""
+    if isinstance(what, Feed):
+        return bench_feed(what.settings)
+    return bench_order(what.settings) if isinstance(what, Order) else bench_model(what.settings)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -20,7 +20,7 @@ from flam_core.errors import SettingsError
 from flam_core.evaluation.report import write_report
 from services.console import run_program, table
 from services.training.data import open_sources
-from services.training.finish import evaluate_on
+from services.training.held_out import evaluate_on
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,16 @@ def main(arguments: Arguments) -> None:
         print(f"left out: {clip}", flush=True)
     Quarantine(clips=(*source.quarantine.clips, *broken)).check(manifest, arguments.max_bad_share)
     info = {"model": arguments.model, "data set": manifest.name, "split": arguments.split, "seed": str(arguments.seed)}
-    report = write_report(arguments.out, measured.rollouts, measured.metrics, info, measured.notes)
-    rows = {
-        key: f"{value:.3f}"
-        for key, value in sorted(measured.metrics.items())
-        if key.endswith(("@1", "@10", "/d", "/c", "/i"))
-    }
+    report = write_report(arguments.out, measured.rollouts, measured.metrics, info, measured.notes, measured.estimates)
+    rows = {key: f"{measured.metrics[key]:.3f}" for key in _SHOWN if key in measured.metrics}
     table("evaluation", rows | {"report": str(report)})
+
+
+_SHOWN = (
+    *(f"{kind}/psnr@{step}" for step in (1, 10) for kind in ("rollout", "copy", "shuffled", "zero", "prior")),
+    *("ceiling/psnr", "dci/d", "dci/c", "dci/i"),
+    *("action_probe/visible_accuracy", "action_probe/others_gain", "leakage", "slots/used"),
+)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -47,10 +48,13 @@ FRAME_COLUMNS = tuple(field.name for field in _FRAME_FIELDS)
 """Enough for `decode_clip`."""
 TRUTH_COLUMNS = ("id", "frames", *(field.name for field in _TRUTH_FIELDS))
 """Enough for `decode_truth`."""
+ACTION_COLUMNS = ("entities", "action_size", "actions")
+"""With `FRAME_COLUMNS`, enough for `decode_actions`."""
 
 _READ_BYTES = 8 << 20
 _FIX = "Restore the shard or ingest again."
 _FIX_STORAGE = "Check storage and access."
+_FIX_ACTIONS = "Ingest the data with ground truth: actions of every episode (docs/data.md)."
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,22 @@ def decode_truth(row: Mapping[str, Any]) -> Truth | None:
         if row[name] is not None
     }
     return Truth(**known) if known else None
+
+
+def decode_actions(row: Mapping[str, Any], shard: str) -> np.ndarray:
+    """The actions of a row that has `FRAME_COLUMNS` and `ACTION_COLUMNS`: float32 [T, N, A], NaN where not known.
+
+    `row["actions"]` is flat: a list, or float32, of which this is then a view. Raises DataError, naming `shard` and the
+    clip, if the row has none.
+    """
+    where = f"shard {shard}, clip {row['id']}"
+    if row["actions"] is None or row["entities"] is None or row["action_size"] is None:
+        raise DataError(f"{where}: it has no actions", fix=_FIX_ACTIONS)
+    actions = np.asarray(row["actions"], dtype=np.float32)
+    shape = row["frames"], row["entities"], row["action_size"]
+    if actions.size != math.prod(shape):
+        raise DataError(f"{where}: {actions.size} numbers are not actions of shape {shape}", fix=_FIX)
+    return actions.reshape(shape)
 
 
 def read_row_group(fs: FileSystem, path: str, row_group: int, columns: Sequence[str] = FRAME_COLUMNS) -> pa.Table:

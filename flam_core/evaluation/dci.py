@@ -6,12 +6,14 @@ completeness (C) and informativeness (I) are read (Eastwood and Williams 2018; f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from flam_core.errors import DataError, TrainingFailed
+from flam_core.evaluation.stats import Bootstrap, Estimate
 
 RIDGE = 1e-2
 """Penalty of the probes, in units of a standardised feature's variance. Slots are wide and clips few."""
@@ -42,6 +44,8 @@ class DCIResult:
     matching: tuple[tuple[int, int], ...]
     position_r2: dict[int, float]
     """Held-out R^2, clipped to [0, 1], of the matched slot's probe, by entity; unmatched entities are absent."""
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    """`metrics` with their spread over test episodes, if these were given. The probes are not fitted anew."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -51,12 +55,16 @@ class DCIResult:
 
 
 def dci(
-    slots_train: np.ndarray, positions_train: np.ndarray, slots_test: np.ndarray, positions_test: np.ndarray
+    slots_train: np.ndarray,
+    positions_train: np.ndarray,
+    slots_test: np.ndarray,
+    positions_test: np.ndarray,
+    bootstrap: Bootstrap | None = None,
 ) -> DCIResult:
     """Measure the correspondence of slots float [N, K, D] with positions float [N, A, 2] of entities.
 
     Positions are (x, y) in [0, 1] of the frame. A sample in which an entity's position is NaN (it is not in view) is
-    left out for that entity. N may differ between train and test.
+    left out for that entity. N may differ between train and test. bootstrap: of the test samples, for `estimates`.
 
     - A probe is a ridge regression from one slot to one entity's (x, y), fitted on train. Its R^2 is
       1 - squared error / squared deviation from the mean, both summed over x, y and samples.
@@ -91,29 +99,65 @@ def dci(
             f"none of {agents} entities is in view and moves in {MIN_SAMPLES} or more frames of both splits",
             fix="Give more probe clips (evaluation.probe_clips), or check the positions of the data set.",
         )
-    train_r2, test_r2, within = (np.zeros((slots, agents)) for _ in range(3))
+    train_r2 = np.zeros((slots, agents))
+    sums = np.zeros((len(positions_test), slots, agents, 4))
     for a in probed:
         here, there = seen[0][:, a], seen[1][:, a]
         for k in range(slots):
-            train_r2[k, a], test_r2[k, a], within[k, a] = _probe(
+            train_r2[k, a], sums[there, k, a] = _probe(
                 slots_train[here, k], positions_train[here, a], slots_test[there, k], positions_test[there, a]
             )
-    importance = np.where(test_r2 >= CHANCE_R2, test_r2, 0.0)
-    of_probed = importance[:, list(probed)]
-    share = of_probed.sum(axis=1) / max(of_probed.sum(), 1e-12)
     rows, columns = linear_sum_assignment(train_r2[:, list(probed)], maximize=True)
     matching = tuple((int(k), probed[c]) for k, c in zip(rows, columns, strict=True))
-    accuracy = {a: float(np.clip(test_r2[k, a], 0.0, 1.0)) for k, a in sorted(matching, key=lambda pair: pair[1])}
+    found = _scores(sums.sum(axis=0)[None], probed, matching)
+    names = ("dci/d", "dci/c", "dci/i", "dci/within", *(f"probe/position_r2@{a}" for _, a in _by_entity(matching)))
+    estimates = {}
+    if bootstrap is not None:
+        draws = _scores(bootstrap.total(sums), probed, matching)
+        estimates = {name: bootstrap.estimate(column) for name, column in zip(names, draws.T, strict=True)}
+    d, c, i, within, *accuracy = (float(value) for value in found[0])
     return DCIResult(
-        d=float(np.clip(share @ _purity(of_probed), 0.0, 1.0)),
-        c=float(np.clip(_purity(of_probed.T).mean(), 0.0, 1.0)),
-        i=sum(accuracy.values()) / len(probed),
-        within=float(sum(within[k, a] for k, a in matching) / len(probed)),
-        importance=importance,
+        d=d,
+        c=c,
+        i=i,
+        within=within,
+        importance=_importance(sums.sum(axis=0)),
         entities=probed,
         matching=matching,
-        position_r2=accuracy,
+        position_r2={a: r2 for (_, a), r2 in zip(_by_entity(matching), accuracy, strict=True)},
+        estimates=estimates,
     )
+
+
+def _by_entity(matching: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return sorted(matching, key=lambda pair: pair[1])
+
+
+def _importance(sums: np.ndarray) -> np.ndarray:
+    """R^2 on test [..., K, A], 0 below CHANCE_R2, from sums [..., K, A, 4] as `_probe` gives them."""
+    error, deviation = sums[..., 0], sums[..., 1]
+    r2 = 1 - np.divide(error, deviation, out=np.ones_like(error), where=deviation > 0)
+    return np.where(r2 >= CHANCE_R2, r2, 0.0)
+
+
+def _scores(sums: np.ndarray, probed: Sequence[int], matching: Sequence[tuple[int, int]]) -> np.ndarray:
+    """D, C, I, within and the matched accuracies by entity [R, 4 + pairs], for sums [R, K, A, 4] of each resample."""
+    importance = _importance(sums)
+    pairs = _by_entity(matching)
+    rows, columns = [k for k, _ in pairs], [a for _, a in pairs]
+    of_probed = importance[..., list(probed)]
+    share = of_probed.sum(axis=2) / np.maximum(of_probed.sum(axis=(1, 2)), 1e-12)[:, None]
+    error, deviation, close, samples = np.moveaxis(sums[:, rows, columns], -1, 0)
+    accuracy = 1 - np.divide(error, deviation, out=np.ones_like(error), where=deviation > 0)
+    accuracy = accuracy.clip(0.0, 1.0)
+    hits = np.divide(close, samples, out=np.zeros_like(close), where=samples > 0)
+    scores = [
+        (share * _purity(of_probed)).sum(axis=1).clip(0.0, 1.0),
+        _purity(of_probed.swapaxes(1, 2)).mean(axis=1).clip(0.0, 1.0),
+        accuracy.sum(axis=1) / len(probed),
+        hits.sum(axis=1) / len(probed),
+    ]
+    return np.concatenate([np.stack(scores, axis=1), accuracy], axis=1)
 
 
 def _check(
@@ -142,8 +186,9 @@ def _moves(positions: np.ndarray) -> bool:
     return len(positions) >= MIN_SAMPLES and float(np.sqrt(positions.var(axis=0).sum())) >= MIN_SPREAD
 
 
-def _probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> tuple[float, float, float]:
-    """Train R^2, test R^2 and test share within WITHIN of a ridge regression from x [n, D] to y [n, 2]."""
+def _probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> tuple[float, np.ndarray]:
+    """A ridge regression from x [n, D] to y [n, 2]: R^2 on train, and of each test sample [m, 4] the squared error, the
+    squared deviation from the test mean, whether it is WITHIN, and 1."""
     mean, scale = x.mean(axis=0), x.std(axis=0)
     # A feature that is (almost) constant says nothing; divided by its deviation it would be blown-up rounding noise.
     scale = np.where(scale > 1e-6, scale, np.inf)
@@ -152,8 +197,10 @@ def _probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray)
     gram = x.T @ x / len(x) + RIDGE * np.eye(x.shape[1])
     weights = np.linalg.solve(gram, x.T @ (y - centre) / len(x))
     fitted, predicted = x @ weights + centre, x_test @ weights + centre
+    deviation = np.square(y_test - y_test.mean(axis=0)).sum(axis=1)
     close = (np.abs(predicted - y_test) <= WITHIN).all(axis=1)
-    return _r2(fitted, y), _r2(predicted, y_test), float(close.mean())
+    squared = np.square(predicted - y_test).sum(axis=1)
+    return _r2(fitted, y), np.stack([squared, deviation, close, np.ones(len(y_test))], axis=1)
 
 
 def _r2(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -162,8 +209,8 @@ def _r2(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _purity(weights: np.ndarray) -> np.ndarray:
-    """1 - normalised entropy [n] of the rows of weights [n, m] >= 0; 0 for a row of zeros."""
-    total = weights.sum(axis=1, keepdims=True)
+    """1 - normalised entropy [...] of the last axis of weights [..., m] >= 0; 0 where all are zero."""
+    total = weights.sum(axis=-1, keepdims=True)
     p = weights / np.where(total > 0, total, 1.0)
-    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=1)
-    return np.where(total[:, 0] > 0, 1 - entropy / np.log(max(weights.shape[1], 2)), 0.0)
+    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+    return np.where(total[..., 0] > 0, 1 - entropy / np.log(max(weights.shape[-1], 2)), 0.0)

@@ -11,7 +11,7 @@ from flam_core.data.manifest import Manifest, Shard
 from flam_core.data.quarantine import BadClip, Quarantine
 from flam_core.data.shard import FRAME_COLUMNS, TRUTH_COLUMNS, decode_clip, decode_truth, read_row_group
 from flam_core.errors import DataError
-from flam_core.evaluation.evaluate import HeldOutClip
+from flam_core.evaluation.context import HeldOutClip
 
 _COLUMNS = list(dict.fromkeys([*FRAME_COLUMNS, *TRUTH_COLUMNS]))
 
@@ -21,13 +21,13 @@ def held_out_clips(
     fs: FileSystem,
     path: str,
     split: str,
-    frames: int,
+    frames: int | None,
     limit: int,
     *,
     quarantine: Quarantine,
     on_broken: Callable[[BadClip], None],
 ) -> list[HeldOutClip]:
-    """Up to `limit` windows of `frames` frames of a split, with what is known of them.
+    """Up to `limit` windows of `frames` frames (None: whole clips) of a split, with what is known of them.
 
     The first window of every clip comes first, then the second of each, so that few windows are still of many episodes.
     Quarantined clips are left out; so is one that turns out to be broken, of which `on_broken` is told.
@@ -49,7 +49,7 @@ def _clips_of(
     path: str,
     shard: Shard,
     group: int,
-    frames: int,
+    frames: int | None,
     quarantine: Quarantine,
     on_broken: Callable[[BadClip], None],
 ) -> Iterator[list[HeldOutClip]]:
@@ -73,8 +73,9 @@ def _clips_of(
             on_broken(BadClip(shard.name, first + row, stored[row]["id"], error.what))
 
 
-def _windows(row: dict[str, Any], shard: str, frames: int) -> list[HeldOutClip]:
+def _windows(row: dict[str, Any], shard: str, frames: int | None) -> list[HeldOutClip]:
     pixels, truth = decode_clip(row, shard), decode_truth(row)
+    frames = len(pixels) if frames is None else frames
     return [
         HeldOutClip(
             id=f"{row['id']}@{start}",

@@ -113,6 +113,25 @@ def curves_png(metrics: dict[str, float]) -> bytes:
     return _png(figure)
 
 
+def horizon_png(metrics: dict[str, float]) -> bytes:
+    """PSNR of the long rollout and of the last known frame, with bands of one standard error."""
+    steps = sorted(int(key.partition("@")[2]) for key in metrics if key.startswith("horizon/psnr@"))
+    figure = Figure(figsize=(6.4, 4.2), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    for name, source in (("copy_psnr", "copy"), ("psnr", "rollout")):
+        label, style = _CURVES[source]
+        values = np.array([metrics[f"horizon/{name}@{k}"] for k in steps])
+        error = np.array([metrics[f"horizon/{name}_se@{k}"] for k in steps])
+        axis.plot(steps, values, label=label, **({"markersize": 5} | style))
+        axis.fill_between(steps, values - error, values + error, color=style["color"], alpha=0.2, linewidth=0)
+    axis.set_title("PSNR of a long rollout (higher is better)", fontsize=11)
+    axis.set_xlabel("steps after the last known frame")
+    axis.set_ylabel("PSNR (dB)")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=1, fontsize=10, frameon=False)
+    return _png(figure)
+
+
 def slots_png(result: RolloutResult) -> bytes:
     """How strongly each slot claims each patch, over the frames of the first clip. Raises ValueError without masks."""
     if result.masks is None:

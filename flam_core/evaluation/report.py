@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from flam_core.evaluation.pictures import curves_png, rollout_gif, rollout_png, slots_png
+from flam_core.evaluation.pictures import curves_png, horizon_png, rollout_gif, rollout_png, slots_png
 from flam_core.evaluation.rollout import RolloutResult
+from flam_core.evaluation.stats import Estimate, error_key
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5b6570; --line: #d5dae0; --page: #ffffff; --box: #f3f5f7; }
@@ -41,28 +43,41 @@ summary { cursor: pointer; }
 """
 
 
+_OPTIONAL = ("slots.png", "horizon.png")
+
+
 def write_report(
-    folder: Path, result: RolloutResult, metrics: dict[str, float], info: dict[str, str], notes: Sequence[str] = ()
+    folder: Path,
+    result: RolloutResult,
+    metrics: dict[str, float],
+    info: dict[str, str],
+    notes: Sequence[str] = (),
+    estimates: Mapping[str, Estimate] | None = None,
 ) -> Path:
-    """Write metrics.json, rollout.png, rollout.gif, curves.png, slots.png (if there are masks) and report.html.
+    """Write metrics.json, intervals.json, rollout.png, rollout.gif, curves.png, slots.png (if there are masks),
+    horizon.png (if there is a horizon curve) and report.html.
 
     metrics: as in docs/metrics.md, finite. info: what was evaluated, shown as a table of settings. notes: remarks such
-    as why a metric is missing. All text is shown as it is, markup included. The folder is created; each file appears
-    whole or not at all, report.html last. Returns its path. Raises ValueError if a metric is not finite.
+    as why a metric is missing. estimates: the metrics with a spread; by default those of `result` alone. All text is
+    shown as it is, markup included. The folder is created; each file appears whole or not at all, report.html last.
+    Returns its path. Raises ValueError if a metric is not finite.
     """
-    numbers = json.dumps(metrics, sort_keys=True, indent=2, allow_nan=False) + "\n"
+    spreads = {key: estimate.row for key, estimate in (result.estimates if estimates is None else estimates).items()}
     files = {
-        "metrics.json": numbers.encode(),
+        "metrics.json": _json(metrics),
+        "intervals.json": _json(spreads),
         "rollout.png": rollout_png(result),
         "rollout.gif": rollout_gif(result),
         "curves.png": curves_png(metrics),
     }
     if result.masks is not None:
         files["slots.png"] = slots_png(result)
+    if any(key.startswith("horizon/psnr@") for key in metrics):
+        files["horizon.png"] = horizon_png(metrics)
     files["report.html"] = _page(result, metrics, info, notes, files).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    if "slots.png" not in files:
-        (folder / "slots.png").unlink(missing_ok=True)  # of an earlier report
+    for name in set(_OPTIONAL) - set(files):
+        (folder / name).unlink(missing_ok=True)  # of an earlier report
     for name, content in files.items():
         _write(folder / name, content)
     return folder / "report.html"
@@ -102,15 +117,18 @@ def _page(
         _image(files["rollout.png"], "png", "film strips of truth, prediction and error"),
         "<h2>How quality falls with the number of steps</h2>",
         "<p>The blue line should lie well above copy and shuffled, and close to the ceiling. The bands are one "
-        "standard error over clips.</p>",
+        "standard error over episodes.</p>",
         _image(files["curves.png"], "png", "PSNR and SSIM over the steps"),
     ]
+    if "horizon.png" in files:
+        sections.append(_image(files["horizon.png"], "png", "PSNR over a long rollout"))
     if "slots.png" in files:
         sections += [
             "<h2>What each slot looks at</h2>",
             "<p>Bright: the slot claims this patch. Ideally each moving thing is claimed by one slot that follows it "
             "through time.</p>",
             _image(files["slots.png"], "png", "heat map of each slot's mask"),
+            _slot_table(metrics),
         ]
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in info.items())
     every = "".join(
@@ -142,6 +160,10 @@ it can hardly be better.</li>
 <li><b>D, C, I</b> ask whether slots stand for entities, with linear probes from each slot to each entity's true
 position, scored on clips the probes have not seen. D and C only tell how knowledge is shared out; I tells how much
 there is.</li>
+<li><b>Action probe</b> asks whether a slot's latent action tells what its entity was told to do, beyond what the slot
+itself tells, and nothing of the others.</li>
+<li><b>Leakage</b> replaces one slot's latent action, keeps the others, and looks where the picture changes. 0: at that
+slot's entity alone.</li>
 </ul>"""
 
 
@@ -199,12 +221,20 @@ def _headline(result: RolloutResult, metrics: dict[str, float]) -> str:
             ("dci/i", "Informativeness: how well the slot of an entity tells its position (held-out R2, 0 to 1)."),
             ("dci/within", "Share of frames in which that position is right to 1/16 of the frame in x and in y."),
         ]
+    rows += [
+        ("action_probe/accuracy", "How often a linear probe reads what an entity was told from its latent action."),
+        ("action_probe/others_gain", "The same for other entities, over what the state tells. Should not exceed 0."),
+        ("leakage", "Of what a latent action changes in the picture, the share beyond its entity. Lower is better."),
+        ("slots/used", "Slots whose latent action matters or who claim what moves."),
+    ]
     body = []
     for key, meaning in dict(rows).items():
+        if key not in metrics:
+            continue  # the notes say why
         unit = " dB" if "/psnr" in key else ""
-        error = metrics.get(key.replace("psnr@", "psnr_se@")) if "psnr@" in key else None
-        spread = f" &plusmn; {error:.2f}" if error is not None else ""
+        error = metrics.get(error_key(key))
         digits = 2 if unit else 3
+        spread = f" &plusmn; {error:.{digits}f}" if error is not None else ""
         body.append(
             f'<tr><td><code>{escape(key)}</code></td><td class="value">{metrics[key]:.{digits}f}{spread}{unit}</td>'
             f"<td>{escape(meaning)}</td></tr>"
@@ -214,6 +244,28 @@ def _headline(result: RolloutResult, metrics: dict[str, float]) -> str:
         '<table class="headline"><thead><tr><th>Metric</th><th>Value</th><th>What it says</th></tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>" + ("" if "dci/d" in metrics else f"<p>{absent}</p>")
     )
+
+
+def _slot_table(metrics: dict[str, float]) -> str:
+    """A row a slot: its entity, what its latent action costs when replaced, its share of what moves, its verdict."""
+    if "slots/used" not in metrics:
+        return ""
+    rows = []
+    for i in range(sum(re.fullmatch(r"slots/\d+/used", key) is not None for key in metrics)):
+        entity = metrics.get(f"slots/{i}/entity")
+        cells = [f"{i + 1}", "none" if entity is None else f"{entity:.0f}"]
+        for key, form in ((f"slots/{i}/effect_db", "{:.2f} dB"), (f"slots/{i}/moving_share", "{:.1%}")):
+            cells.append(form.format(metrics[key]) if key in metrics else "not measured")
+        cells.append("yes" if metrics[f"slots/{i}/used"] else "no")
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return (
+        "<table><thead><tr><th>Slot</th><th>Entity</th><th>Cost of replacing its latent action</th>"
+        f"<th>Share of moving patches</th><th>In use</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _image(content: bytes, kind: str, alternative: str) -> str:

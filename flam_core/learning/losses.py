@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flam_core.config import LossConfig
+from flam_core.learning.meters import latent_meters
 
 
 def tokenizer_loss(reconstruction: Tensor, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -23,33 +24,38 @@ def beta_at(config: LossConfig, progress: float) -> float:
 
 
 def flam_loss(
-    dynamics: torch.nn.Module, z: Tensor, config: LossConfig, beta: float
+    dynamics: torch.nn.Module, z: Tensor, config: LossConfig, beta: float, true_actions: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The stage-2 loss of features z [B, T, P, C] and its meters (flam-spec: loss).
 
     Mean squared error of the predicted features, one step ahead and, if asked for, `rollout_steps` ahead in slot
     space, plus beta times the KL summed over slots (for VQ: the codebook and commitment loss, with weight 1).
+    The learned prior's likelihood is added, but shares no gradient with the rest. true_actions: float32 [B, T, N, S],
+    for a model of them.
     """
-    prediction, rollout = dynamics(z, config.rollout_steps, bridge=config.bridge > 0)
+    prediction, rollout = dynamics(z, config.rollout_steps, bridge=config.bridge > 0, true_actions=true_actions)
     error = (prediction.next_z.float() - z[:, 1:]).pow(2)
     one_step = error.mean()
-    penalty = prediction.actions.penalty.sum(dim=-1).mean()
+    penalties = prediction.actions.penalty.mean(dim=(0, 1))
     discrete = prediction.actions.codes is not None
-    loss = one_step + (1.0 if discrete else beta) * penalty
+    if discrete:
+        loss = one_step + penalties.sum()
+    else:
+        loss = one_step + beta * (penalties - config.free_bits).clamp_min(0).sum()
     with torch.no_grad():
         copy = (z[:, 1:] - z[:, :-1]).pow(2).mean()
-        usage = prediction.masks.float().mean(dim=(0, 1, 3))
         meters = {
             "flam/one_step": one_step.detach(),
             "flam/copy": copy,
             "flam/explained": 1 - one_step.detach() / copy.clamp_min(1e-8),
-            "flam/kl": penalty.detach(),
+            "flam/kl": penalties.detach().sum(),
             "flam/beta": torch.tensor(beta),
-            "flam/largest_mask_share": usage.max(),
+            **latent_meters(prediction),
         }
-        if not discrete:
-            per_slot = prediction.actions.penalty.mean(dim=(0, 1))
-            meters |= {f"flam/kl_slot_{i}": value for i, value in enumerate(per_slot)}
+    if prediction.prior_nll is not None:
+        nll = prediction.prior_nll.mean()
+        loss = loss + nll
+        meters["flam/prior_nll"] = nll.detach()
     if prediction.bridged_z is not None:
         bridged = (prediction.bridged_z.float() - z[:, 1:]).pow(2).mean()
         loss = loss + config.bridge * bridged

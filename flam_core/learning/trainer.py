@@ -13,10 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flam_core.config import Config, StageConfig
-from flam_core.errors import TrainingFailed
+from flam_core.errors import DataError, SettingsError, TrainingFailed
 from flam_core.learning.losses import beta_at, flam_loss, tokenizer_loss
+from flam_core.learning.meters import tokenizer_meters
 from flam_core.learning.schedule import autocast_dtype, learning_rate
-from flam_core.model import Flam
+from flam_core.model import Dynamics, Flam
+from flam_core.model.latent_action import VQLatent
 from flam_core.model.warm_start import moving_prototypes
 from flam_core.saved_model import weights_from_bytes, weights_to_bytes
 
@@ -31,11 +33,26 @@ class Trainer:
     (seed, step, rank), so there is no generator to store, and a resumed run draws what the unbroken one would have.
     """
 
-    def __init__(self, config: Config, device: torch.device, *, rank: int = 0, wrap: Wrap | None = None) -> None:
-        """`wrap` makes a stage's module distributed (DDP); by default it stays as it is."""
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        wrap: Wrap | None = None,
+        tokenizer: bytes | None = None,
+    ) -> None:
+        """`wrap` makes a stage's module distributed (DDP); by default it stays as it is. `tokenizer`: the weights that
+        `config.tokenizer_sha256` speaks of. Raises DataError if they are others."""
         torch.manual_seed(config.seed)
         self.config, self.device, self.rank = config, device, rank
         self.model = Flam(config.tokenizer, config.model).to(device)
+        if config.tokenizer_sha256 is not None:
+            if tokenizer is None or hashlib.sha256(tokenizer).hexdigest() != config.tokenizer_sha256:
+                raise DataError(
+                    f"the tokenizer is not the one of sha256 {config.tokenizer_sha256}", fix="Give the run's own."
+                )
+            weights_from_bytes(self.model.tokenizer, tokenizer)
         self.dtype = autocast_dtype(config.precision, device)
         self.step = 0
         self.digest = hashlib.sha256(b"flam").hexdigest()
@@ -43,6 +60,8 @@ class Trainer:
         self._prepared_stage = -1
         self._module: nn.Module = self.model
         self._optimizer: torch.optim.Optimizer | None = None
+        self._main: list[nn.Parameter] = []
+        self._of_prior: list[nn.Parameter] = []
 
     @property
     def total_steps(self) -> int:
@@ -54,11 +73,19 @@ class Trainer:
         """0 while the tokenizer is trained, then 1."""
         return int(self.step >= self.config.tokenizer_stage.steps)
 
-    def train_step(self, frames_u8: Tensor, ids: list[str]) -> dict[str, Tensor]:
+    def train_step(self, frames_u8: Tensor, ids: list[str], true_actions: Tensor | None = None) -> dict[str, Tensor]:
         """One optimiser step on this rank's uint8 frames [B, T, H, W, 3]; the meters, on the device.
 
-        Raises TrainingFailed if the gradient is not finite.
+        true_actions: float32 [B, T, N, S], which only a model of true actions needs. Raises TrainingFailed if the
+        gradient is not finite, SettingsError if true actions are not as the config says.
         """
+        wanted = self.config.model.true_actions
+        if wanted is not None and (true_actions is None or tuple(true_actions.shape[2:]) != wanted[:2]):
+            raise SettingsError(
+                f"the clips have {'no true actions' if true_actions is None else tuple(true_actions.shape[2:])}, "
+                f"model.true_actions says {wanted[:2]} (entities, numbers)",
+                fix="Start a run of its own on these data: --variant true-actions reads what they hold.",
+            )
         self._prepare(frames_u8)
         assert self._optimizer is not None
         stage, local = self._stage_config()
@@ -69,16 +96,20 @@ class Trainer:
             hold = index == 1 and local < self.config.slot_hold * stage.steps
             group["lr"] = 0.0 if hold else rate
         self.model.train()
-        loss, meters = self._loss(frames_u8, local / stage.steps)
+        loss, meters = self._loss(frames_u8, local / stage.steps, true_actions)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._module.parameters(), stage.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._main, stage.clip_norm)
+        # On its own: its likelihood is of another size than the loss, and would set the pace for everything else.
+        nn.utils.clip_grad_norm_(self._of_prior, stage.clip_norm)
         if not torch.isfinite(norm):
             raise TrainingFailed(
                 f"the gradient is not finite at step {self.step} (loss {loss.item():.3g})",
                 fix="Lower the learning_rate or the clip_norm of the stage.",
             )
         self._optimizer.step()
+        if self.stage == 1 and isinstance(latent := self.model.dynamics.latent, VQLatent):
+            latent.after_step()
         self.step += 1
         name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
         return meters | {f"{name}/loss": loss.detach(), f"{name}/grad_norm": norm, f"{name}/lr": torch.tensor(rate)}
@@ -87,14 +118,20 @@ class Trainer:
         first = self.config.tokenizer_stage
         return (first, self.step) if self.stage == 0 else (self.config.flam_stage, self.step - first.steps)
 
-    def _loss(self, frames_u8: Tensor, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, frames_u8: Tensor, progress: float, true_actions: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             if self.stage == 0:
                 frames = rearrange(frames_u8, "b t h w c -> (b t) c h w").float().div(255)
-                return tokenizer_loss(self._module(frames), frames)
+                with torch.no_grad():  # four frames tell whether patches get codes of their own
+                    codes = self.model.tokenizer.codes(self.model.encode(frames_u8[:4, :1]))
+                loss, meters = tokenizer_loss(self._module(frames), frames)
+                return loss, meters | tokenizer_meters(frames, codes)
             with torch.no_grad():
                 z = self.model.encode(frames_u8).float()
-            return flam_loss(self._module, z, self.config.loss, beta_at(self.config.loss, progress))
+            beta = beta_at(self.config.loss, progress)
+            return flam_loss(self._module, z, self.config.loss, beta, true_actions)
 
     def _prepare(self, frames_u8: Tensor) -> None:
         """Set up the module and optimiser of the stage that `step` is in, unless that is done."""
@@ -108,9 +145,13 @@ class Trainer:
         self._module = self._wrap(inner)
         stage = self._stage_config()[0]
         # The factorizer is a group of its own, since it may be held still at first.
-        held = list(self.model.dynamics.factorizer.parameters()) if self.stage == 1 else []
+        dynamics = self.model.dynamics
+        held = list(dynamics.factorizer.parameters()) if self.stage == 1 and isinstance(dynamics, Dynamics) else []
+        self._of_prior = list(dynamics.prior.parameters()) if self.stage == 1 and dynamics.prior is not None else []
+        apart = {id(parameter) for parameter in self._of_prior}
+        self._main = [parameter for parameter in inner.parameters() if id(parameter) not in apart]
         names = {id(parameter) for parameter in held}
-        rest = [parameter for parameter in inner.parameters() if id(parameter) not in names]
+        rest = [p for p in inner.parameters() if p.requires_grad and id(p) not in names]
         self._optimizer = torch.optim.AdamW(
             [{"params": rest}, *([{"params": held}] if held else [])],
             lr=stage.learning_rate,
@@ -130,7 +171,7 @@ class Trainer:
         if distributed:
             dist.all_reduce(moments)
         tokenizer.standardise(moments)
-        if self.config.model.slot_start == "motion":
+        if isinstance(self.model.dynamics, Dynamics) and self.config.model.slot_start == "motion":
             z = self.model.encode(frames_u8).contiguous()
             if distributed:
                 z = _gathered(z)

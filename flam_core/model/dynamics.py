@@ -19,26 +19,31 @@ class InverseDynamics(nn.Module):
     """a_t^i = IDM(s_t^{1:K}, s_{t+1}^i).
 
     All mixing between slots comes first and over current slots alone; then each slot looks along its own track up to
-    t + 1. The other order would leak the other slots' next values.
+    t + 1. The other order would leak the other slots' next values: that is `coupling` "global", an ablation. With "own"
+    slots do not mix at all.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
-        self.spatial = nn.ModuleList(SpatialBlock(width, config.heads) for _ in range(config.blocks))
-        self.temporal = nn.ModuleList(
-            TemporalBlock(width, config.heads, config.temporal_window) for _ in range(config.blocks)
-        )
-        self.norm = nn.LayerNorm(width)
+        self.coupling = config.coupling
+        blocks = 0 if config.latent == "none" else config.blocks  # then nobody listens
+        mixing = 0 if config.coupling == "own" else blocks
+        self.spatial = nn.ModuleList(SpatialBlock(width, config.heads) for _ in range(mixing))
+        self.temporal = nn.ModuleList(TemporalBlock(width, config.heads, config.temporal_window) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width) if blocks else nn.Identity()
         self.latent = make_latent(config)
 
     def forward(self, slots_btkd: Tensor) -> LatentActions:
         """Latent actions of the T - 1 transitions between slots [B, T, K, D]."""
-        h = slots_btkd[:, :-1]
+        h = slots_btkd if self.coupling == "global" else slots_btkd[:, :-1]
         for block in self.spatial:
             h = block(h)
+        track = slots_btkd
+        if self.coupling == "global":
+            h, track = h[:, :-1], h
         for block in self.temporal:
-            h = block(h, slots_btkd, offset=1)
+            h = block(h, track, offset=1)
         return self.latent(self.norm(h))
 
 
@@ -58,11 +63,15 @@ class _ForwardBlock(nn.Module):
 
 
 class ForwardDynamics(nn.Module):
-    """s^_{t+1}^i = FDM(s_t^{1:K}, a_t^i): sees all current slots, but only its own action. Residual on s_t^i."""
+    """s^_{t+1}^i = FDM(s_t^{1:K}, a_t^i): sees all current slots, but only its own action. Residual on s_t^i.
+
+    With `coupling` "global", an ablation, it sees the actions of all.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
+        self.coupling = config.coupling
         self.action = nn.Sequential(nn.Linear(config.action_dim, width), nn.GELU(), nn.Linear(width, width))
         self.context = nn.ModuleList(SpatialBlock(width, config.heads) for _ in range(config.blocks))
         self.mix = FeedForward(2 * width, 2 * width)
@@ -72,11 +81,11 @@ class ForwardDynamics(nn.Module):
 
     def forward(self, slots_btkd: Tensor, actions_btka: Tensor) -> Tensor:
         """Next slots [B, T, K, D] of current slots [B, T, K, D] and their actions [B, T, K, A]."""
-        context = slots_btkd
-        for block in self.context:
-            context = block(context)
         both = torch.cat([slots_btkd, self.action(actions_btka.to(slots_btkd.dtype))], dim=-1)
         queries = self.join(both + self.mix(both))
+        context = queries if self.coupling == "global" else slots_btkd
+        for block in self.context:
+            context = block(context)
         for block in self.blocks:
             queries = block(queries, context)
         return slots_btkd + self.out(queries)

@@ -12,7 +12,8 @@ from flam_core.model.attention import FeedForward, PositionCode, TemporalBlock
 class Factorizer(nn.Module):
     """Slot attention with one learned start per slot, each iteration followed by causal attention over time.
 
-    All frames go in parallel and each starts from the same learned slots (no recurrence over time).
+    All frames go in parallel and each starts from the same learned slots. With `config.slot_time` "recurrent" frames go
+    one after the other instead, and each starts from the slots of the one before.
     """
 
     def __init__(self, config: ModelConfig, feature_dim: int, grid: int) -> None:
@@ -32,8 +33,9 @@ class Factorizer(nn.Module):
         self.log_sharpness = nn.Parameter(torch.tensor(config.slot_sharpness).log())
         self.update = nn.GRUCell(width, width)
         self.mlp = FeedForward(width, 2 * width)
+        over_time = config.iterations if config.slot_time == "attention" else 0
         self.temporal = nn.ModuleList(
-            TemporalBlock(width, config.heads, config.temporal_window) for _ in range(config.iterations)
+            TemporalBlock(width, config.heads, config.temporal_window) for _ in range(over_time)
         )
 
     def forward(self, z_btpc: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,14 +48,30 @@ class Factorizer(nn.Module):
         x = x + self.inputs(x)
         keys, values = self.to_key(x), self.to_value(x)
         slots = self.initial.to(x.dtype).expand(b, t, -1, -1)
+        if self.config.slot_time == "recurrent":
+            return self._in_turn(slots[:, 0], keys, values)
         masks = x
         for temporal in self.temporal:
-            weights, masks = self._attend(self.to_query(self.slot_norm(slots)), keys)
-            updates = weights.to(values.dtype) @ values
-            slots = self.update(updates.flatten(0, 2), slots.flatten(0, 2).to(updates.dtype)).view_as(updates)
-            slots = slots + self.mlp(slots)
+            slots, masks = self._iterate(slots, keys, values)
             slots = temporal(slots)
         return slots, masks
+
+    def _in_turn(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for t in range(keys.shape[1]):
+            masks = slots
+            for _ in range(self.config.iterations):
+                slots, masks = self._iterate(slots, keys[:, t], values[:, t])
+            found.append((slots, masks))
+        every_slots, every_masks = zip(*found, strict=True)
+        return torch.stack(every_slots, dim=1), torch.stack(every_masks, dim=1)
+
+    def _iterate(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One iteration of slot attention on slots [..., K, D]: new slots, and masks [..., K, P]."""
+        weights, masks = self._attend(self.to_query(self.slot_norm(slots)), keys)
+        updates = weights.to(values.dtype) @ values
+        slots = self.update(updates.flatten(0, -2), slots.flatten(0, -2).to(updates.dtype)).view_as(updates)
+        return slots + self.mlp(slots), masks
 
     @torch.no_grad()
     def start_from(self, prototypes: Tensor) -> None:
@@ -69,7 +87,7 @@ class Factorizer(nn.Module):
         self.initial.copy_(starts / starts.std(dim=-1, keepdim=True))
 
     def _attend(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights over patches (sum 1 over P) and masks (sum 1 over K), both [B, T, K, P]."""
+        """Weights over patches (sum 1 over P) and masks (sum 1 over K), both [..., K, P]."""
         scale = self.log_sharpness.exp() * queries.shape[-1] ** -0.5
         logits = (queries @ keys.transpose(-1, -2)).float() * scale
         masks = logits.softmax(dim=-2)

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flam_core.config import ModelConfig, TokenizerConfig
+from flam_core.errors import SettingsError
 from flam_core.model.dynamics import Aggregator, ForwardDynamics, InverseDynamics
 from flam_core.model.factorizer import Factorizer
 from flam_core.model.latent_action import LatentActions
+from flam_core.model.patches import PatchDynamics
+from flam_core.model.prediction import Prediction
+from flam_core.model.prior import ActionPrior
 from flam_core.model.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One teacher-forced pass over T frames: everything the loss and the meters need.
-
-    slots [B, T, K, D], masks [B, T, K, P], actions of the T - 1 transitions, next_slots [B, T - 1, K, D] and next_z
-    [B, T - 1, P, C], the predictions for frames 1 .. T - 1. bridged_z: next_z had the next slots been predicted
-    perfectly (only if asked for).
-    """
-
-    slots: Tensor
-    masks: Tensor
-    actions: LatentActions
-    next_slots: Tensor
-    next_z: Tensor
-    bridged_z: Tensor | None = None
 
 
 class Dynamics(nn.Module):
@@ -42,23 +29,50 @@ class Dynamics(nn.Module):
         self.inverse = InverseDynamics(config)
         self.forward_dynamics = ForwardDynamics(config)
         self.aggregator = Aggregator(config, tokenizer.feature_dim, self.factorizer.position)
+        self.prior = None if config.latent == "none" else ActionPrior(config, config.width)
 
-    def forward(self, z_btpc: Tensor, rollout_steps: int = 0, bridge: bool = False) -> tuple[Prediction, Tensor | None]:
+    @property
+    def latent(self) -> nn.Module:
+        """The bottleneck."""
+        return self.inverse.latent
+
+    def state(self, z_btpc: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots [B, T, K, D] and masks [B, T, K, P] of features [B, T, P, C]."""
+        return self.factorizer(z_btpc)
+
+    def infer(self, slots: Tensor, true_actions: Tensor | None = None) -> LatentActions:
+        """Latent actions of the transitions between slots [B, T, K, D]; true ones are not looked at."""
+        return self.inverse(slots)
+
+    def step(self, z: Tensor, slots: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, 1, P, C] and slots [B, 1, K, D] of the frame after slots [B, t, K, D].
+
+        z: [B, P, C], of the last frame. actions: [B, t, K, A].
+        """
+        following = self.forward_dynamics(slots, actions)[:, -1:]
+        return self.aggregator(z[:, None], following), following
+
+    def forward(
+        self, z_btpc: Tensor, rollout_steps: int = 0, bridge: bool = False, true_actions: Tensor | None = None
+    ) -> tuple[Prediction, Tensor | None]:
         """Predict each frame's features from those before it and the inferred actions.
 
         With `rollout_steps` also returns the features [B, rollout_steps, P, C] of the last frames, rolled out in slot
         space from the frame before them.
         """
         slots, masks = self.factorizer(z_btpc)
-        actions = self.inverse(slots)
+        bridged = self.aggregator(z_btpc[:, :-1], slots[:, 1:]) if bridge else None
+        if self.config.slot_training == "apart":
+            slots = slots.detach()
+        actions = self.infer(slots, true_actions)
         next_slots = self.forward_dynamics(slots[:, :-1], actions.sample)
         next_z = self.aggregator(z_btpc[:, :-1], next_slots)
-        bridged = self.aggregator(z_btpc[:, :-1], slots[:, 1:]) if bridge else None
         rolled = None
         if rollout_steps:
             start = z_btpc.shape[1] - rollout_steps
             rolled = self.rollout(z_btpc[:, start - 1], slots[:, :start], actions.sample)
-        return Prediction(slots, masks, actions, next_slots, next_z, bridged), rolled
+        nll = None if self.prior is None else self.prior(slots[:, :-1], actions)
+        return Prediction(slots, masks, actions, next_slots, next_z, bridged, nll), rolled
 
     def rollout(self, z: Tensor, slots: Tensor, actions: Tensor) -> Tensor:
         """Features [B, S, P, C] of S steps in slot space.
@@ -71,11 +85,16 @@ class Dynamics(nn.Module):
         for _ in range(steps):
             recent = slots[:, -self.config.temporal_window :]
             past = actions[:, : slots.shape[1]][:, -recent.shape[1] :]
-            following = self.forward_dynamics(recent, past)[:, -1:]
-            z = self.aggregator(z[:, None], following)[:, 0]
+            next_z, following = self.step(z, recent, past)
+            z = next_z[:, 0]
             slots = torch.cat([slots, following], dim=1)
             predicted.append(z)
         return torch.stack(predicted, dim=1)
+
+
+def make_dynamics(config: ModelConfig, tokenizer: TokenizerConfig) -> Dynamics | PatchDynamics:
+    """Stage 2 as the config asks for it: FLAM and its ablations, or a rival without slots."""
+    return PatchDynamics(config, tokenizer) if config.state == "patches" else Dynamics(config, tokenizer)
 
 
 class Flam(nn.Module):
@@ -87,12 +106,17 @@ class Flam(nn.Module):
     def __init__(self, tokenizer: TokenizerConfig, model: ModelConfig) -> None:
         super().__init__()
         self.tokenizer = Tokenizer(tokenizer)
-        self.dynamics = Dynamics(model, tokenizer)
+        self.dynamics = make_dynamics(model, tokenizer)
 
     @property
     def factors(self) -> int:
-        """K."""
+        """K: latent actions of a transition. FLAM has as many slots."""
         return self.dynamics.config.factors
+
+    @property
+    def has_slots(self) -> bool:
+        """False for the rivals whose state is the grid of features."""
+        return isinstance(self.dynamics, Dynamics)
 
     @torch.no_grad()
     def encode(self, frames_u8: Tensor) -> Tensor:
@@ -105,19 +129,36 @@ class Flam(nn.Module):
         return self.tokenizer.decode(z).clamp(0, 1)
 
     @torch.no_grad()
-    def slots(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots [B, T, K, D] and masks [B, T, K, P] of features [B, T, P, C]."""
-        return self.dynamics.factorizer(z)
+    def slots(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Slots [B, T, K, D] and masks [B, T, K, P] of features [B, T, P, C]; z itself and None without slots."""
+        return self.dynamics.state(z)
 
     @torch.no_grad()
-    def infer_actions(self, slots: Tensor) -> Tensor:
-        """Latent actions (posterior mean, or codes' vectors) [B, T - 1, K, A] of slots [B, T, K, D]."""
-        return self.dynamics.inverse(slots).mean
+    def infer_actions(self, slots: Tensor, true_actions: Tensor | None = None) -> Tensor:
+        """Latent actions (posterior mean, or codes' vectors) [B, T - 1, K, A] of slots [B, T, K, D].
+
+        true_actions: float32 [B, T, N, S], for a model of true actions.
+        """
+        return self.dynamics.infer(slots, true_actions).mean
 
     @torch.no_grad()
     def sample_actions(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-        """Latent actions [*shape, A] drawn from the prior."""
-        return self.dynamics.inverse.latent.prior(shape, generator)
+        """Latent actions [*shape, A] drawn from the fixed prior: N(0, I), or codes at random. `shape` ends with K."""
+        return self.dynamics.latent.prior(shape, generator)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def sample_next_actions(self, slots: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latent actions [B, K, A] for the last frame of slots [B, t, K, D], drawn from the learned prior.
+
+        Raises SettingsError for a model without latent actions of its own.
+        """
+        if self.dynamics.prior is None:
+            raise SettingsError(
+                f"a model with latent {self.dynamics.config.latent!r} has no prior to draw actions from",
+                fix="Give it actions, or use a model with gaussian or vq latent actions.",
+            )
+        window = self.dynamics.config.temporal_window
+        return self.dynamics.prior.sample(slots[:, -window:], self.dynamics.latent, generator)
 
     @torch.no_grad()
     def rollout(self, frames_u8: Tensor, actions: Tensor, feedback: Literal["slots", "frames"] = "slots") -> Tensor:
@@ -126,15 +167,73 @@ class Flam(nn.Module):
         frames_u8: uint8 [B, t, H, W, 3]. actions: [B, t - 1 + S, K, A], from the first given frame on.
         feedback: "slots" predicts slots from slots; "frames" draws each predicted frame and reads its slots anew.
         """
+        known = frames_u8.shape[1] - 1
+        frames, _ = self._roll(frames_u8, actions, actions.shape[1] - known, feedback, None)
+        return frames
+
+    @torch.no_grad()
+    def imagine(
+        self,
+        frames_u8: Tensor,
+        steps: int,
+        generator: torch.Generator | None = None,
+        feedback: Literal["slots", "frames"] = "slots",
+    ) -> tuple[Tensor, Tensor]:
+        """A future that nobody has seen: frames float [B, S, H, W, 3] in [0, 1] and the latent actions [B, t - 1 + S,
+        K, A] that lead to them, drawn step by step from the learned prior.
+
+        frames_u8: uint8 [B, t, H, W, 3]. Raises SettingsError for a model without latent actions of its own.
+        """
+        return self._roll(frames_u8, None, steps, feedback, generator)
+
+    def _roll(
+        self,
+        frames_u8: Tensor,
+        actions: Tensor | None,
+        steps: int,
+        feedback: Literal["slots", "frames"],
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`rollout` with given actions, `imagine` without."""
+        window = self.dynamics.config.temporal_window
         z = self.encode(frames_u8)
-        if feedback == "slots":
-            return self.decode(self.dynamics.rollout(z[:, -1], self.slots(z)[0], actions))
+        known = z.shape[1] - 1
+        if feedback == "frames":
+            z = z[:, -window:]
+        slots = self.slots(z)[0]
+        if actions is not None:
+            taken = actions[:, :known]
+        elif known:
+            taken = self.infer_actions(self.slots(self.encode(frames_u8))[0])
+        else:
+            taken = slots.new_empty(len(slots), 0, self.factors, self.dynamics.config.action_dim)
         drawn = []
-        for _ in range(actions.shape[1] - z.shape[1] + 1):
-            recent = z[:, -self.dynamics.config.temporal_window :]
-            past = actions[:, : z.shape[1]][:, -recent.shape[1] :]
-            following = self.dynamics.forward_dynamics(self.slots(recent)[0], past)[:, -1:]
-            frame = self.decode(self.dynamics.aggregator(z[:, -1:], following))
+        for i in range(known, known + steps):
+            last = self.sample_next_actions(slots, generator) if actions is None else actions[:, i]
+            taken = torch.cat([taken, last[:, None]], dim=1)
+            recent = slots[:, -window:]
+            next_z, following = self.dynamics.step(z[:, -1], recent, taken[:, -recent.shape[1] :])
+            frame = self.decode(next_z)
             drawn.append(frame)
-            z = torch.cat([z, self.encode((frame * 255).round().to(torch.uint8))], dim=1)
-        return torch.cat(drawn, dim=1)
+            if feedback == "slots":
+                z, slots = next_z, torch.cat([slots, following], dim=1)
+            else:
+                z = torch.cat([z, self.encode((frame * 255).round().to(torch.uint8))], dim=1)[:, -window:]
+                slots = self.slots(z)[0]
+        return torch.cat(drawn, dim=1), taken
+
+    def pruned(self, keep: list[int]) -> Flam:
+        """This model with some of its slots only, in that order: all weights but their starts are shared by slots.
+
+        Raises SettingsError for a model without slots.
+        """
+        if not self.has_slots:
+            raise SettingsError("a model without slots has none to prune", fix="Use one with model.state slots.")
+        config = self.dynamics.config
+        smaller = replace(config, factors=len(keep), latent_width=len(keep) * config.action_dim)
+        like = next(self.parameters())
+        model = Flam(self.tokenizer.config, smaller).to(like.device, like.dtype)
+        weights = self.state_dict()
+        weights["dynamics.factorizer.initial"] = weights["dynamics.factorizer.initial"][keep]
+        model.load_state_dict(weights)
+        return model.train(self.training)

@@ -1,24 +1,28 @@
-"""Latent actions: a bottleneck a slot, continuous or discrete (flam-spec: latent action)."""
+"""Latent actions: a bottleneck a slot, continuous or discrete (flam-spec: latent action), or what stands in for one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flam_core.config import ModelConfig
 
+_USAGE_DECAY = 0.99
+"""Of the running share of a code, where the codebook itself has no rate."""
+
 
 @dataclass(frozen=True)
 class LatentActions:
-    """The latent actions of T - 1 transitions.
+    """The latent actions of T - 1 transitions; K of them each (1 in a monolithic model).
 
     sample: [B, T - 1, K, A], what the forward dynamics gets while training (noisy, or a code with straight-through
         gradient).
     mean: [B, T - 1, K, A], the best single guess, used to infer actions.
-    penalty: [B, T - 1, K], KL to N(0, I) in nats (Gaussian) or codebook and commitment loss (VQ).
+    penalty: [B, T - 1, K], KL to N(0, I) in nats (Gaussian) or commitment and codebook loss (VQ); else zeros.
     codes: int64 [B, T - 1, K] (VQ only).
     """
 
@@ -52,31 +56,130 @@ class GaussianLatent(nn.Module):
 
 
 class VQLatent(nn.Module):
-    """One codebook for all slots (van den Oord et al. 2017), with straight-through gradients."""
+    """One codebook for all slots (van den Oord et al. 2017), with straight-through gradients.
+
+    Codes and what is quantised lie on the unit sphere, where the direction of a running sum is the mean to follow.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.commitment = config.commitment
+        self.commitment, self.decay, self.revival = config.commitment, config.codebook_decay, config.codebook_revival
         self.head = nn.Linear(config.width, config.action_dim)
         self.codebook = nn.Embedding(config.codebook, config.action_dim)
         nn.init.normal_(self.codebook.weight, std=config.action_dim**-0.5)
+        self.codebook.weight.requires_grad_(self.decay is None)
+        self.register_buffer("usage", torch.full((config.codebook,), 1 / config.codebook))
+        self.register_buffer("sums", F.normalize(self.codebook.weight.detach(), dim=-1) / config.codebook)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    sums: Tensor
+    """Running mean of a transition's place at its code's row, zero at the others."""
+    usage: Tensor
+    """Running share of the transitions that fall to each code."""
 
     def forward(self, h: Tensor) -> LatentActions:
         """From the inverse dynamics' output [B, T - 1, K, D]."""
         x = F.normalize(self.head(h).float(), dim=-1)
-        book = F.normalize(self.codebook.weight.float(), dim=-1)
+        book = self._book()
         codes = (x @ book.T).argmax(dim=-1)  # on the unit sphere the nearest code has the largest dot product
         quantised = book[codes]
-        penalty = (quantised - x.detach()).pow(2).sum(dim=-1)
-        penalty = penalty + self.commitment * (x - quantised.detach()).pow(2).sum(dim=-1)
+        penalty = self.commitment * (x - quantised.detach()).pow(2).sum(dim=-1)
+        if self.decay is None:
+            penalty = penalty + (quantised - x.detach()).pow(2).sum(dim=-1)
+        if self.training:
+            self._seen.append((x.detach().flatten(0, -2), codes.flatten()))
         return LatentActions(x + (quantised - x).detach(), quantised.detach(), penalty, codes)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the codebook after an optimiser step: codes to the mean of what fell to them, dead ones to a transition.
+
+        By what all ranks saw since the last call, so the outcome is the same on each.
+        """
+        if not self._seen:
+            return
+        x, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
+        weight, count = self.codebook.weight, self.codebook.num_embeddings
+        sums = torch.zeros_like(weight, dtype=torch.float32).index_add_(0, codes, x)
+        shares = torch.bincount(codes, minlength=count).to(sums.dtype)
+        fresh = x[torch.randint(len(x), (count,), device=x.device)]
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(shares)
+            dist.broadcast(fresh, 0)
+        decay = _USAGE_DECAY if self.decay is None else self.decay
+        self.sums.mul_(decay).add_(sums / shares.sum(), alpha=1 - decay)
+        self.usage.mul_(decay).add_(shares / shares.sum(), alpha=1 - decay)
+        if self.decay is not None:
+            weight.copy_(F.normalize(self.sums, dim=-1))
+        dead = self.usage < self.revival / count
+        weight[dead] = fresh[dead].to(weight.dtype)
+        self.sums[dead] = fresh[dead] / count
+        self.usage[dead] = 1 / count
 
     def prior(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Uniformly drawn codes [*shape, A]."""
-        codes = torch.randint(self.codebook.num_embeddings, shape, generator=generator)
-        return F.normalize(self.codebook.weight.float(), dim=-1)[codes.to(self.codebook.weight.device)]
+        return self.vectors(torch.randint(self.codebook.num_embeddings, shape, generator=generator))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """The latent actions float32 [..., A] of code numbers int64 [...]."""
+        return self._book()[codes.to(self.codebook.weight.device)]
+
+    def _book(self) -> Tensor:
+        return F.normalize(self.codebook.weight.float(), dim=-1)
 
 
-def make_latent(config: ModelConfig) -> GaussianLatent | VQLatent:
+class NoLatent(nn.Module):
+    """Zeros: a model that is told nothing of what happens (SlotFormer)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.action_dim = config.action_dim
+
+    def forward(self, h: Tensor) -> LatentActions:
+        """Of the shape that the inverse dynamics' output [B, T - 1, K, D] asks for."""
+        zeros = h.new_zeros(*h.shape[:-1], self.action_dim, dtype=torch.float32)
+        return LatentActions(zeros, zeros, zeros[..., 0])
+
+    def prior(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+        """Zeros [*shape, A]."""
+        return torch.zeros(*shape, self.action_dim)
+
+
+class TrueActions(nn.Module):
+    """The data set's actions, embedded: what a world model with action labels is given."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.true_actions is not None  # ModelConfig sees to it
+        self.entities, self.numbers, self.kinds = config.true_actions
+        inputs = self.entities * self.numbers * max(1, self.kinds)
+        self.embed = nn.Linear(inputs, config.latent_width)
+
+    def forward(self, actions_btns: Tensor) -> LatentActions:
+        """Of true actions float32 [B, T - 1, N, S]."""
+        x = actions_btns.float().nan_to_num()
+        if self.kinds:
+            x = F.one_hot(x.round().long().clamp(0, self.kinds - 1), self.kinds).to(self.embed.weight.dtype)
+        embedded = self.embed(x.flatten(2))[:, :, None].float()
+        return LatentActions(embedded, embedded, torch.zeros_like(embedded[..., 0]))
+
+    def prior(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+        """Embedded uniformly drawn actions (normal ones where actions are values) [*shape, A]; shape ends with 1."""
+        size = (*shape[:-1], self.entities, self.numbers)
+        if self.kinds:
+            drawn = torch.randint(self.kinds, size, generator=generator).float()
+        else:
+            drawn = torch.randn(size, generator=generator)
+        flat = drawn.reshape(-1, 1, self.entities, self.numbers).to(self.embed.weight.device)
+        return self.forward(flat).mean.reshape(*shape, -1)
+
+
+Latent = GaussianLatent | VQLatent | NoLatent
+
+
+def make_latent(config: ModelConfig) -> Latent:
     """The bottleneck that the config asks for."""
-    return VQLatent(config) if config.latent == "vq" else GaussianLatent(config)
+    kinds: dict[str, type[Latent]] = {"gaussian": GaussianLatent, "vq": VQLatent, "none": NoLatent}
+    return kinds[config.latent](config)

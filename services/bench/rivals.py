@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import json
@@ -9,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +98,7 @@ def write_tars(data: Location, manifest: Manifest, folder: Path) -> list[str]:
 
 def webdataset_loader(paths: list[str], frames: int, batch: int, cores: int) -> Iterator[np.ndarray]:
     """WebDataset over tars of the same clips, with as many worker processes as cores. For ever."""
-    import webdataset  # pyright: ignore[reportMissingImports] - optional
+    webdataset: Any = importlib.import_module("webdataset")  # optional
 
     def cut(samples: Iterator[dict[str, bytes]]) -> Iterator[torch.Tensor]:
         for sample in samples:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from flam_core.data.codec import Raw, get_codec
 from flam_core.data.order import ClipKey, Window
 from flam_core.data.quarantine import BadClip
-from flam_core.data.shard import decode_clip
+from flam_core.data.shard import decode_actions, decode_clip
 from flam_core.errors import DataError, TrainingFailed
 from services.feed.meters import FeedMeters
 from services.feed.plan import FeedPlan
@@ -25,7 +25,7 @@ _AHEAD, _AHEAD_BYTES = 8, 128 << 20
 """Steps that are decoded and put together at a time: so many, unless they are larger than that."""
 
 Stack = Callable[[list[np.ndarray]], np.ndarray]
-"""Copies arrays of one shape into a new one: into page-locked memory, where batches go on to a GPU."""
+"""Copies arrays of one shape and type into a new one: into page-locked memory, where batches go on to a GPU."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class StepBatch:
     """uint8 [B, T, H, W, 3], contiguous."""
     ids: list[str]
     """Of the windows."""
+    actions: np.ndarray | None = None
+    """float32 [B, T, N, S]: what each of N entities was told to do between frames t and t + 1, NaN where not known.
+    None unless the plan asks for the truth."""
 
 
 _Pixels = Future[tuple[np.ndarray | str, float]]
@@ -110,10 +113,14 @@ class Assembler:
         self._meters = meters or FeedMeters()
         self._on_broken = on_broken or (lambda _source, _clip: None)
         self._clips: dict[ClipKey, _Held] = {}
+        self._acting: tuple[str, tuple[int, ...]] | None = None  # the first clip with actions, and their [N, S]
         self._pool = ThreadPoolExecutor(threads, "decode")
 
     def add(self, clips: pa.StructArray, counters: str) -> None:
-        """Take the clips of a chunk and what reading them took (`read.SCHEMA`)."""
+        """Take the clips of a chunk and what reading them took (`read.schema`).
+
+        Raises DataError if the plan asks for the truth and a clip has no actions, or of other entities than the first.
+        """
         self._meters.read(counters)
         names = ("id", "frames", "height", "width", "codec", "crc32", "uses", "error")
         columns = {name: clips.field(name).to_pylist() for name in names}
@@ -121,7 +128,9 @@ class Assembler:
         for i in range(len(clips)):
             row = {name: columns[name][i] for name in names} | {"payload": payloads[i].as_buffer()}
             key = key_of(clips[i])
-            held = self._clips.setdefault(key, _Held(row, deque(), error=columns["error"][i]))
+            if self._plan.truth and row["error"] is None:
+                row["actions"] = self._actions(clips[i], key.shard)
+            held = self._clips.setdefault(key, _Held(row, deque(), error=row["error"]))
             held.uses.append(columns["uses"][i])  # it may be held for a block of the last epoch still
             if held.error is not None and len(held.uses) == 1:
                 self._broken(key, held)
@@ -146,6 +155,21 @@ class Assembler:
     def close(self) -> None:
         """Let go of the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _actions(self, clip: pa.StructScalar, shard: str) -> np.ndarray:
+        """float32 [T, N, S] of a clip, whose N and S are those of all clips before."""
+        row = {name: clip[name].as_py() for name in ("id", "frames", "entities", "action_size")}
+        values = clip["actions"].values
+        flat = None if values is None else values.to_numpy(zero_copy_only=False)
+        actions = decode_actions(row | {"actions": flat}, shard)
+        name = f"shard {shard}, clip {row['id']}"
+        first, shape = self._acting = self._acting or (name, actions.shape[1:])
+        if actions.shape[1:] != shape:
+            raise DataError(
+                f"{name}: actions of (entities, numbers) {actions.shape[1:]}, but {shape} in {first}",
+                fix="Ingest all data with ground truth of the same entities, or train on one data set.",
+            )
+        return actions
 
     def _begin(self, step: int, windows: list[Window]) -> _Begun:
         """Set the decoding and copying of a step going."""
@@ -186,7 +210,19 @@ class Assembler:
             )
         for one in begun.due:
             self._used(one.window.clip, one.held)
-        return StepBatch(begun.step, frames, [one.window.id for one in begun.due if one.frames() is not None])
+        ids = [one.window.id for one in begun.due if one.frames() is not None]
+        return StepBatch(begun.step, frames, ids, self._actions_of(begun) if self._plan.truth else None)
+
+    def _actions_of(self, begun: _Begun) -> np.ndarray:
+        """float32 [B, T, N, S] of the step's windows, those of broken clips left out."""
+        span = self._plan.stages[self._plan.stage_of(begun.step)[0]].shape.span
+        return self._stack(
+            [
+                one.held.row["actions"][one.window.start : one.window.start + span]
+                for one in begun.due
+                if one.frames() is not None
+            ]
+        )
 
     def _note(self, due: _Due) -> None:
         """Count what decoding gave, once."""

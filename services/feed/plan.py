@@ -79,6 +79,8 @@ class FeedPlan:
     decode: Decode = "auto"
     """Where clips are decoded: beside the trainer, in Ray Data tasks, or as the codec of the data suggests."""
     split: str = "train"
+    truth: bool = False
+    """Whether the true actions come along: for a world model of them alone, since FLAM never sees any."""
     key: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,11 @@ class FeedPlan:
                     f"batch_clips {stage.batch_clips} cannot be shared evenly by {self.world} workers",
                     fix="Choose a number of workers that divides the batch of both stages.",
                 )
+            if self.truth and stage.frame_skip > 1:
+                raise SettingsError(
+                    f"frame_skip {stage.frame_skip} with true actions: each would span {stage.frame_skip} frames",
+                    fix="Use frame_skip 1 in both stages, or train on latent actions.",
+                )
         first, *others = (source.manifest for source in self.sources)
         for other in others:
             if other.frame_size != first.frame_size:
@@ -96,7 +103,7 @@ class FeedPlan:
                     fix="Ingest them with one --size to train on both.",
                 )
         identity = tuple(source.identity for source in self.sources)
-        object.__setattr__(self, "key", (identity, self.split, self.seed, self.stages))
+        object.__setattr__(self, "key", (identity, self.split, self.seed, self.stages, self.truth))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FeedPlan) and self.key == other.key
@@ -136,6 +143,11 @@ class FeedPlan:
             by_size.append(_CHUNK_BYTES * self.world / sum(sizes))
             halves += [order.epoch_windows / order.epoch_blocks / order.batch_size / 2 for order in mixture.orders]
         return max(1, int(min(halves)), min(_CHUNK_STEPS, int(min(by_size))))
+
+    def chunk(self, start: int, number: int) -> range:
+        """The steps that task `number` of an execution serves which begins at step `start`; empty after the last."""
+        first = start + number * self.chunk_steps
+        return range(first, max(first, min(first + self.chunk_steps, self.total_steps)))
 
     def _sent_bytes(self, source: int) -> float:
         """Bytes a frame that travel from a task to the trainer."""

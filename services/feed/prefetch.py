@@ -34,11 +34,12 @@ def stack_for(device: torch.device) -> Stack:
 
     def stack(arrays: list[np.ndarray]) -> np.ndarray:
         shape = len(arrays), *arrays[0].shape
+        tensors = [torch.from_numpy(array) for array in arrays]
         if device.type == "cuda":
-            out = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)
         else:
-            out = torch.from_numpy(np.empty(shape, np.uint8))  # in huge pages, which PyTorch does not ask for
-        torch.stack([torch.from_numpy(array) for array in arrays], out=out)
+            out = torch.from_numpy(np.empty(shape, arrays[0].dtype))  # in huge pages, which PyTorch does not ask for
+        torch.stack(tensors, out=out)
         return out.numpy()
 
     return stack
@@ -52,6 +53,8 @@ class DeviceBatch:
     frames: Tensor
     """uint8 [B, T, H, W, 3]"""
     ids: list[str]
+    actions: Tensor | None
+    """float32 [B, T, N, S], or None unless the plan asks for the truth."""
 
 
 class DevicePrefetcher:
@@ -84,6 +87,8 @@ class DevicePrefetcher:
                     compute = torch.cuda.current_stream(self._device)
                     compute.wait_stream(self._stream)
                     due[0].frames.record_stream(compute)
+                    if due[0].actions is not None:
+                        due[0].actions.record_stream(compute)
                     if not self._queue.empty():
                         ahead = self._next()  # its copy starts now and runs beside this step
                 yield due[0]
@@ -99,8 +104,8 @@ class DevicePrefetcher:
         if self._thread.is_alive():
             self._thread.join(_JOIN_SECONDS)
 
-    def _next(self) -> tuple[DeviceBatch, np.ndarray] | None:
-        """The next batch, on its way to the device, and the memory it comes from; None at the end."""
+    def _next(self) -> tuple[DeviceBatch, StepBatch] | None:
+        """The next batch, on its way to the device, and the one in memory it comes from; None at the end."""
         if self._ended:
             return None
         started = time.perf_counter()
@@ -111,13 +116,16 @@ class DevicePrefetcher:
             self._ended, self._failure = True, item
             return None
         self._meters.batches += 1
-        frames = torch.from_numpy(item.frames)
-        if self._stream is not None:
-            with torch.cuda.stream(self._stream):
-                frames = frames.to(self._device, non_blocking=True)
-        elif self._device.type != "cpu":
-            frames = frames.to(self._device)
-        return DeviceBatch(item.step, frames, item.ids), item.frames
+        actions = None if item.actions is None else self._to_device(item.actions)
+        return DeviceBatch(item.step, self._to_device(item.frames), item.ids, actions), item
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        """The array there, or on its way."""
+        tensor = torch.from_numpy(array)
+        if self._stream is None:
+            return tensor.to(self._device)
+        with torch.cuda.stream(self._stream):
+            return tensor.to(self._device, non_blocking=True)
 
     def _fill(self) -> None:
         last: BaseException | None = None  # the end of the queue

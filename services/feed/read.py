@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from flam_core.data.codec import Raw
 from flam_core.data.order import ClipKey
-from flam_core.data.shard import FRAME_COLUMNS, decode_clip, read_row_group
+from flam_core.data.shard import ACTION_COLUMNS, FRAME_COLUMNS, decode_clip, read_row_group
 from flam_core.errors import DataError, EnvironmentFault, FlamError, pack
 from services.feed.plan import ClipUse, FeedPlan
 from services.storage import Location, counters
@@ -37,15 +37,33 @@ _CLIP = pa.struct(
         pa.field("error", pa.string()),  # why this clip cannot be had
     ]
 )
-SCHEMA = pa.schema(
+_CLIP_WITH_ACTIONS = pa.struct(
     [
-        pa.field("first_step", pa.int64()),
-        pa.field("rank", pa.int32()),
-        pa.field("clips", pa.list_(_CLIP)),
-        pa.field("counters", pa.string()),  # JSON: what reading took
-        pa.field("error", pa.string()),  # instead of clips, if none can be had: a packed FlamError
+        *_CLIP,
+        pa.field("entities", pa.int32()),
+        pa.field("action_size", pa.int32()),
+        pa.field("actions", pa.list_(pa.float32())),  # [frames, entities, action_size], flat
     ]
 )
+
+
+def schema(plan: FeedPlan) -> pa.Schema:
+    """Of what a read task gives: one row."""
+    return pa.schema(
+        [
+            pa.field("first_step", pa.int64()),
+            pa.field("rank", pa.int32()),
+            pa.field("clips", pa.list_(_clip(plan))),
+            pa.field("counters", pa.string()),  # JSON: what reading took
+            pa.field("error", pa.string()),  # instead of clips, if none can be had: a packed FlamError
+        ]
+    )
+
+
+def _clip(plan: FeedPlan) -> pa.StructType:
+    return _CLIP_WITH_ACTIONS if plan.truth else _CLIP
+
+
 _READERS = 8
 """Row groups that a task reads from a bucket at a time."""
 
@@ -64,7 +82,7 @@ def read_or_say(plan: FeedPlan, chunk: Chunk, cache: BlockCache | None) -> pa.Ta
     try:
         return read_chunk(plan, chunk, cache)
     except FlamError as error:
-        return _table(chunk, pa.nulls(0, _CLIP), {}, pack(error))
+        return _table(plan, chunk, pa.nulls(0, _clip(plan)), {}, pack(error))
 
 
 def read_chunk(plan: FeedPlan, chunk: Chunk, cache: BlockCache | None = None) -> pa.Table:
@@ -88,16 +106,16 @@ def read_chunk(plan: FeedPlan, chunk: Chunk, cache: BlockCache | None = None) ->
         with ThreadPoolExecutor(_READERS) as pool:
             parts = list(pool.map(read, groups.items()))
     used = counters.difference(counters.snapshot(), before)
-    clips = pa.concat_arrays([clips for clips, _ in parts]) if parts else pa.nulls(0, _CLIP)
+    clips = pa.concat_arrays([clips for clips, _ in parts]) if parts else pa.nulls(0, _clip(plan))
     used |= {
         "frames": sum(n or 0 for n in clips.field("frames").to_pylist()),
         "group_bytes": sum(size for _, size in parts),
         "task_seconds": time.perf_counter() - started,
     }
-    return _table(chunk, clips, used, None)
+    return _table(plan, chunk, clips, used, None)
 
 
-def _table(chunk: Chunk, clips: pa.Array, used: dict[str, float], error: str | None) -> pa.Table:
+def _table(plan: FeedPlan, chunk: Chunk, clips: pa.Array, used: dict[str, float], error: str | None) -> pa.Table:
     columns = [
         pa.array([chunk.steps.start], pa.int64()),
         pa.array([chunk.rank], pa.int32()),
@@ -105,7 +123,7 @@ def _table(chunk: Chunk, clips: pa.Array, used: dict[str, float], error: str | N
         pa.array([json.dumps(used)]),
         pa.array([error], pa.string()),
     ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+    return pa.Table.from_arrays(columns, schema=schema(plan))
 
 
 def _read_group(
@@ -113,27 +131,30 @@ def _read_group(
 ) -> tuple[pa.StructArray, int]:
     """The clips of one row group that are asked for, decoded if that is for tasks to do, and the group's bytes."""
     data = plan.sources[source].data.unchanging()  # shards are named by their hash
-    rows = [use.clip.row for use in uses]
+    rows, clip = [use.clip.row for use in uses], _clip(plan)
+    wanted = FRAME_COLUMNS + ACTION_COLUMNS if plan.truth else FRAME_COLUMNS
     try:
         if cache is None:
-            table = _fetch(data, shard, group)
+            table = _fetch(data, shard, group, wanted)
         else:
             # A shard's name ends with its hash, so the name says what is in it, wherever it lies.
-            table = cache.get_or_fetch(f"{shard}/{group}", lambda: _fetch(data, shard, group))
+            key = f"{shard}/{group}/actions" if plan.truth else f"{shard}/{group}"
+            table = cache.get_or_fetch(key, lambda: _fetch(data, shard, group, wanted))
         taken = table.take(pa.array(rows)).combine_chunks()
     except (DataError, IndexError, pa.ArrowInvalid) as error:
         reason = error.what if isinstance(error, DataError) else f"shard {shard}, row group {group}: {error}"
-        return _struct(source, shard, group, uses, {}, [reason] * len(uses)), 0
-    columns = {name: taken[name].combine_chunks() for name in taken.column_names if name in _STRUCT_NAMES}
+        return _struct(clip, source, shard, group, uses, {}, [reason] * len(uses)), 0
+    names = {field.name for field in clip}
+    columns = {name: taken[name].combine_chunks() for name in taken.column_names if name in names}
     errors: list[str | None] = [None] * len(uses)
     if plan.decodes_in_tasks(source):
         columns, errors = _decoded(taken, columns, shard)
-    return _struct(source, shard, group, uses, columns, errors), table.nbytes
+    return _struct(clip, source, shard, group, uses, columns, errors), table.nbytes
 
 
-def _fetch(data: Location, shard: str, group: int) -> pa.Table:
+def _fetch(data: Location, shard: str, group: int, columns: tuple[str, ...]) -> pa.Table:
     try:
-        return read_row_group(data.fs, f"{data.path}/{shard}", group, FRAME_COLUMNS)
+        return read_row_group(data.fs, f"{data.path}/{shard}", group, columns)
     except EnvironmentFault as error:
         if isinstance(error.__cause__, OSError):  # storage knows better what it means
             raise storage_fault(error.__cause__, f"{data.uri}/{shard}") from error
@@ -144,7 +165,7 @@ def _decoded(taken: pa.Table, columns: dict[str, pa.Array], shard: str) -> tuple
     """The columns with pixels for payloads, and what is wrong with each clip."""
     payloads: list[np.ndarray | None] = []
     errors: list[str | None] = []
-    for row in taken.to_pylist():
+    for row in taken.select(list(FRAME_COLUMNS)).to_pylist():
         try:
             payloads.append(decode_clip(row, shard).reshape(-1))
             errors.append(None)
@@ -161,10 +182,8 @@ def _decoded(taken: pa.Table, columns: dict[str, pa.Array], shard: str) -> tuple
     return {**columns, "codec": raw, "payload": packed}, errors
 
 
-_STRUCT_NAMES = {field.name for field in _CLIP}
-
-
 def _struct(
+    clip: pa.StructType,
     source: int,
     shard: str,
     group: int,
@@ -183,7 +202,7 @@ def _struct(
         **columns,
     }
     return pa.StructArray.from_arrays(
-        [given[f.name].cast(f.type) if f.name in given else pa.nulls(n, f.type) for f in _CLIP], fields=list(_CLIP)
+        [given[f.name].cast(f.type) if f.name in given else pa.nulls(n, f.type) for f in clip], fields=list(clip)
     )
 
 

@@ -72,14 +72,8 @@ def _as_it_is(batch: pa.Table) -> pa.Table:
 def _read(batch: pa.Table, plan: Any, start: int, cache: CacheSettings | None) -> pa.Table:
     known = _get(plan)
     number, rank = divmod(batch["id"][0].as_py(), known.world)
-    chunk = Chunk(rank, _steps(known, start, number), begins=number == 0)
+    chunk = Chunk(rank, known.chunk(start, number), begins=number == 0)
     return read_or_say(known, chunk, shared_cache(Path(cache.folder), cache.max_bytes) if cache else None)
-
-
-def _steps(plan: FeedPlan, start: int, number: int) -> range:
-    """The steps of chunk `number` of an execution that begins at step `start`."""
-    first = start + number * plan.chunk_steps
-    return range(first, min(first + plan.chunk_steps, plan.total_steps))
 
 
 def _get(reference: Any) -> FeedPlan:
@@ -99,7 +93,7 @@ def steps_of(
     number = 0
     for block in blocks:
         for i in range(len(block)):
-            steps = _steps(plan, start, number)
+            steps = plan.chunk(start, number)
             got = block["first_step"][i].as_py(), block["rank"][i].as_py()
             if got != (steps.start, rank):
                 raise TrainingFailed(

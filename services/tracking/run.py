@@ -44,6 +44,11 @@ class RunInfo:
     """flam's id."""
 
 
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The same under names that MLflow takes: `rollout/psnr_at_1`."""
+    return {key.replace("@", "_at_"): value for key, value in metrics.items()}
+
+
 def default_tracking_uri(home: Path) -> str:
     """`MLFLOW_TRACKING_URI`, or an SQLite file below `home`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
@@ -91,12 +96,12 @@ class TrackedRun:
         self._buffer: list[Metric] = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Buffer the metrics of a step, unless that step is in the history already."""
+        """Buffer all metrics of a step, unless that step is in the history already."""
         if step <= self._logged:
             return
         self._logged = step
         now = int(time.time() * 1000)
-        values = {**metrics, STEP_METRIC: float(step)}  # the marker goes last: it says that the step is complete
+        values = {**_named(metrics), STEP_METRIC: float(step)}  # goes last: the step is complete
         self._buffer += [Metric(key, value, now, step) for key, value in values.items()]
 
     def flush(self) -> None:
@@ -111,8 +116,7 @@ class TrackedRun:
         now = int(time.time() * 1000)
         with refusals(self.info.tracking_uri, "does not take metrics"):
             known = self._client.get_run(self.info.run_id).data.metrics
-            named = {key.replace("@", "_at_"): value for key, value in metrics.items()}
-            batch = [Metric(key, value, now, 0) for key, value in named.items() if key not in known]
+            batch = [Metric(key, value, now, 0) for key, value in _named(metrics).items() if key not in known]
             for start in range(0, len(batch), _BATCH):
                 self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
 

@@ -13,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from flam_core.config import Config, canonical_json, differing_fields, from_dict, to_dict
+from flam_core.config import Config
+from flam_core.config_json import canonical_json, differing_fields, from_dict, to_dict
 from flam_core.errors import DataError, FlamError, SettingsError, pack, unpack
 from services.storage import Location, exists, read_bytes, write_bytes
 

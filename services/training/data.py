@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 
-from flam_core.config import Config, canonical_json
+import numpy as np
+
+from flam_core.config import Config
+from flam_core.config_json import canonical_json
 from flam_core.data.manifest import read_manifest
 from flam_core.data.quarantine import read_quarantine
-from flam_core.data.shard import verify_shard
+from flam_core.data.shard import TRUTH_COLUMNS, decode_truth, read_row_group, verify_shard
 from flam_core.errors import DataError, SettingsError
 from services.feed import FeedSource
 from services.storage import resolve
@@ -76,3 +79,25 @@ def data_sha256(sources: tuple[FeedSource, ...]) -> str:
     if len(sources) == 1 and not sources[0].quarantine.clips:
         return sources[0].manifest.sha256
     return hashlib.sha256(canonical_json([source.identity for source in sources]).encode()).hexdigest()
+
+
+def describe_actions(sources: tuple[FeedSource, ...]) -> tuple[int, int, int] | None:
+    """Entities, numbers of an action and kinds of a discrete action (0: values) of the first data set's true actions.
+
+    None if its first clip has none. By the first shard: whole numbers from 0 on are taken for kinds.
+    """
+    source = sources[0]
+    shard = source.manifest.split("train")[0]
+    kinds = 0
+    shape: tuple[int, int] | None = None
+    for group in range(len(shard.row_groups)):
+        for row in read_row_group(source.data.fs, f"{source.data.path}/{shard.name}", group, TRUTH_COLUMNS).to_pylist():
+            truth = decode_truth(row)
+            if truth is None or truth.actions is None:
+                return None
+            shape = shape or (truth.actions.shape[1], truth.actions.shape[2])
+            known = truth.actions[np.isfinite(truth.actions)]
+            if not len(known) or known.min() < 0 or (known != known.round()).any():
+                return (*shape, 0)
+            kinds = max(kinds, int(known.max()) + 1)
+    return None if shape is None else (*shape, kinds)

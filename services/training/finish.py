@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,20 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from flam_core.config import EvaluationConfig
 from flam_core.data.quarantine import BadClip
 from flam_core.errors import TrainingFailed
-from flam_core.evaluation.evaluate import Evaluation, HeldOutClip, evaluate
-from flam_core.evaluation.held_out import held_out_clips
+from flam_core.evaluation.evaluate import Evaluation
 from flam_core.evaluation.report import write_report
 from flam_core.model import Flam
 from flam_core.saved_model import save_model, weights_from_bytes
-from services.feed import FeedSource
 from services.registry import register
 from services.storage import write_bytes
 from services.tracking import RunInfo, TrackedRun
 from services.training import checkpoints
 from services.training.broken import add_broken
+from services.training.held_out import evaluate_on
 
 if TYPE_CHECKING:
     from services.training.launch import Prepared
@@ -66,7 +63,7 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
         "latent action": f"{config.model.latent}, {config.model.action_dim} per factor",
         "seed": str(config.seed),
     }
-    write_report(outputs, measured.rollouts, measured.metrics, info, measured.notes)
+    write_report(outputs, measured.rollouts, measured.metrics, info, measured.notes, measured.estimates)
     save_model(model.cpu(), outputs / "model", _card(prepared, measured))
     _point_latest(outputs)
     if not prepared.run.local:
@@ -91,40 +88,11 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
     return Finished(outputs, measured.metrics, address)
 
 
-_TAGGED = ("rollout/psnr@1", "rollout/psnr@10", "copy/psnr@1", "copy/psnr@10", "dci/d", "dci/c", "dci/i")
-
-
-def evaluate_on(
-    model: Flam,
-    source: FeedSource,
-    config: EvaluationConfig,
-    seed: int,
-    *,
-    split: str = "test",
-    on_broken: Callable[[BadClip], None],
-) -> Evaluation:
-    """Evaluate a model on the held-out episodes of a data set, without its quarantined clips.
-
-    `on_broken` is told of each clip that turns out to be broken and is left out. Raises DataError if no clip is long
-    enough.
-    """
-    frames = config.context + config.horizon
-
-    def read(split: str, limit: int) -> list[HeldOutClip]:
-        data = source.data
-        return held_out_clips(
-            source.manifest,
-            data.fs,
-            data.path,
-            split,
-            frames,
-            limit,
-            quarantine=source.quarantine,
-            on_broken=on_broken,
-        )
-
-    clips = read(split, max(config.clips, config.probe_clips))
-    return evaluate(model, clips, read("train", config.probe_clips), clips, config, seed)
+_TAGGED = (
+    *("rollout/psnr@1", "rollout/psnr@10", "copy/psnr@1", "copy/psnr@10", "ceiling/psnr"),
+    *("dci/d", "dci/c", "dci/i", "action_probe/visible_accuracy", "action_probe/others_gain", "leakage", "slots/used"),
+)
+"""Of the many metrics, those that a version's tags and card show."""
 
 
 def _point_latest(outputs: Path) -> None:
@@ -143,7 +111,7 @@ def _count(module: torch.nn.Module) -> str:
 def _card(prepared: Prepared, measured: Evaluation) -> str:
     """The model card: what it is, from what, how good, how to use it."""
     config, manifest = prepared.config, prepared.manifest
-    rows = "\n".join(f"| `{key}` | {value:.4f} |" for key, value in sorted(measured.metrics.items()))
+    rows = "\n".join(f"| `{key}` | {measured.metrics[key]:.4f} |" for key in _TAGGED if key in measured.metrics)
     return f"""# flam-{manifest.name}
 
 A factored latent action world model (FLAM) with {config.model.factors} factors and {config.model.latent} latent
@@ -158,7 +126,7 @@ import flam_core
 model = flam_core.load("models:/flam-{manifest.name}@candidate")
 ```
 
-Measured on held-out episodes (docs/metrics.md says what each number means):
+Measured on held-out episodes (docs/metrics.md says what each number means; the run's metrics.json has all of them):
 
 | metric | value |
 |---|---|

@@ -17,75 +17,26 @@ from ray.data import ExecutionOptions, ExecutionResources
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 
-from flam_core.config import Config, canonical_json, differing_fields, to_dict
+from flam_core.config import Config
+from flam_core.config_json import canonical_json, differing_fields, to_dict
 from flam_core.data.manifest import Manifest
 from flam_core.errors import EnvironmentFault, FlamError, SettingsError, TrainingFailed
+from flam_core.evaluation.perceptual import check_weights
 from flam_core.recipes import get_recipe
-from services.feed import CacheSettings, Decode, FeedPlan, FeedSource, StagePlan, flam_cause, make_dataset
-from services.storage import Location, read_bytes, resolve
+from services.feed import CacheSettings, FeedPlan, FeedSource, StagePlan, flam_cause, make_dataset
+from services.storage import Location, read_bytes, resolve, write_bytes
 from services.tracking import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
 from services.training import checkpoints
 from services.training.broken import merge_broken
 from services.training.data import check_frame_size, data_sha256, open_sources, parse_data, verify_sources
 from services.training.finish import Finished, finish
-from services.training.worker import FEED_TOTALS, WorkerJob, train_worker
+from services.training.settings import TrainSettings, settle
+from services.training.worker import FEED_TOTALS, TOKENIZER, WorkerJob, train_worker
 
 _TASK_CPUS = 0.5
 _FEED_CPUS = 0.6
 """One read task and what tells it which: the least that Ray Data needs beside the workers."""
 _OBJECT_STORE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Where and on what a run runs. Nothing here changes what is learnt."""
-
-    data: str = "data/grid"
-    """The data set: a folder or s3://bucket/prefix. Several with their shares of each batch: data/a@2,data/b@1; the
-    first is the one that the model is evaluated on."""
-    storage: str = "outputs"
-    """Where the run keeps config and checkpoints: a folder or s3://bucket/prefix."""
-    tracking: str | None = None
-    """MLflow's address; default MLFLOW_TRACKING_URI, else an SQLite file beside the outputs."""
-    experiment: str = "flam"
-    """MLflow experiment."""
-    workers: int = 1
-    """Ray Train workers (data-parallel ranks)."""
-    worker_cpus: float = 1.0
-    """Logical CPUs of each worker. Ray Data needs some beside them."""
-    threads: int = 0
-    """PyTorch threads of each worker; 0: the cores of this machine but one, shared out among the
-    workers."""
-    gpu: bool = False
-    """One GPU for each worker."""
-    address: str | None = None
-    """Ray cluster; default RAY_ADDRESS, else a local Ray is started and stopped."""
-    fresh: bool = False
-    """Start another run even if one with the same inputs exists."""
-    resume: str | None = None
-    """Go on with the run of this id, with its own settings. A setting given beside it must be the run's."""
-    verify: bool = True
-    """Check every shard's sha256 before training."""
-    max_bad_share: float = 0.01
-    """Share of clips that may be broken or quarantined; beyond it the run stops with the list."""
-    decode: Decode = "auto"
-    """Where clips are decoded: beside the trainer (worker), in Ray Data tasks (task), or as suits the codec."""
-    cache: str | None = None
-    """A folder on each node in which row groups read from a bucket are kept; default: none."""
-    cache_gb: float = 20.0
-    """What the cache may hold."""
-    register: bool = True
-    """Register the model in MLflow."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise SettingsError(f"workers = {self.workers}", fix="Use 1 or more.")
-        if not 0 <= self.max_bad_share <= 1:
-            raise SettingsError(f"max_bad_share = {self.max_bad_share}", fix="It is a share: 0 to 1.")
-        if self.cache_gb <= 0:
-            raise SettingsError(f"cache_gb = {self.cache_gb}", fix="Use a number above 0.")
-        if self.worker_cpus <= 0:
-            raise SettingsError(f"worker_cpus = {self.worker_cpus}", fix="Use a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -112,6 +63,8 @@ class Prepared:
     run: Location
     run_id: str
     plan: FeedPlan
+    tokenizer: bytes | None
+    """Weights of a tokenizer that was given."""
 
     @property
     def manifest(self) -> Manifest:
@@ -137,21 +90,25 @@ def home() -> Path:
 def prepare(config: Config, settings: TrainSettings) -> Prepared:
     """Check settings against data and storage. Raises FlamError with the reason if they do not fit."""
     storage = resolve(_at_home(settings.storage))
-    if settings.resume:
-        config = _resumed_config(config, checkpoints.stored_config(storage / settings.resume), settings.resume)
     places = [(_at_home(place), weight) for place, weight in parse_data(settings.data)]
     sources = open_sources(places, max_bad_share=settings.max_bad_share)
+    config, tokenizer = settle(config, settings, sources)
+    if settings.resume:
+        config = _resumed_config(config, checkpoints.stored_config(storage / settings.resume), settings.resume)
     check_frame_size(sources, config)
     stages = tuple(
         StagePlan(stage.steps, stage.batch_clips, stage.clip_frames, stage.frame_skip, stage.window_stride)
         for stage in (config.tokenizer_stage, config.flam_stage)
     )
-    plan = FeedPlan(sources, stages, config.seed, settings.workers, settings.decode)
+    plan = FeedPlan(
+        sources, stages, config.seed, settings.workers, settings.decode, truth=config.model.latent == "true"
+    )
     plan.mixtures()
+    check_weights(config.evaluation)
     if settings.verify:
         verify_sources(sources)
     run_id = settings.resume or _run_id(config, data_sha256(sources), settings.fresh)
-    return Prepared(config, settings, sources, storage / run_id, run_id, plan)
+    return Prepared(config, settings, sources, storage / run_id, run_id, plan, tokenizer)
 
 
 def train(prepared: Prepared) -> RunResult:
@@ -167,6 +124,8 @@ def train(prepared: Prepared) -> RunResult:
         _check_resources(settings)
         # From here on things are written: all that can be found missing beforehand has been.
         checkpoints.claim(prepared.run, config, data_sha256(prepared.sources))
+        if prepared.tokenizer is not None:
+            write_bytes(prepared.run / TOKENIZER, prepared.tokenizer)
         tracking = _open_run(prepared, tracking_uri)
         try:
             _fit(prepared, tracking)
@@ -196,6 +155,7 @@ def _open_run(prepared: Prepared, tracking_uri: str) -> RunInfo:
         params=_flat(to_dict(config)),
         tags={
             "recipe": config.recipe,
+            "variant": config.variant,
             "dataset": prepared.data_name,
             "data": ",".join(_as_given(source, alone=len(prepared.sources) == 1) for source in prepared.sources),
             "manifest_sha256": ", ".join(source.manifest.sha256 for source in prepared.sources),

@@ -8,22 +8,27 @@ import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 
 from flam_core.config import Config
+from flam_core.learning.collapse import CollapseWatch
 from flam_core.learning.trainer import Trainer
 from services.feed import Assembler, FeedMeters, FeedPlan, flam_cause, steps_of
 from services.feed.meters import FeedGauges
 from services.feed.prefetch import DevicePrefetcher, stack_for
 from services.feed.spill import spilled_bytes
-from services.storage import Location, write_bytes
+from services.storage import Location, read_bytes, write_bytes
 from services.tracking import RunInfo, TrackedRun
 from services.training import checkpoints
 from services.training.broken import BrokenClips
+from services.training.held_out import EvaluationDuring
 
+TOKENIZER = "tokenizer.safetensors"
+"""A tokenizer that was given, in the run's folder."""
 FEED_TOTALS = "feed.json"
 """What the feed did in the run's last attempt, in its folder."""
 _LOG_EVERY = 50
@@ -76,14 +81,18 @@ def _run(job: WorkerJob) -> None:
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, which have one value to copy
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    trainer = Trainer(job.config, device, rank=rank, wrap=ray.train.torch.prepare_model)
+    tokenizer = read_bytes(job.run / TOKENIZER) if job.config.tokenizer_sha256 else None
+    trainer = Trainer(job.config, device, rank=rank, wrap=ray.train.torch.prepare_model, tokenizer=tokenizer)
     if saved := checkpoints.newest(job.run):
         trainer.restore(saved.model, saved.optimizer, saved.meta)
         if rank == 0:
             print(f"resumed at step {trainer.step} of {trainer.total_steps}", flush=True)
     tracked = TrackedRun(job.tracking) if rank == 0 else None
+    log = _Log(job, tracked, rank)
+    if saved and "watch" in saved.meta:
+        log.watch.restore(saved.meta["watch"])
     if trainer.step < trainer.total_steps:
-        _train(job, trainer, _Log(job, tracked, rank), rank, device)
+        _train(job, trainer, log, rank, device)
     # One report at the end tells Ray Train that all ranks came through.
     ray.train.report({"step": trainer.step, "world": world, "digest": trainer.digest})
 
@@ -103,18 +112,24 @@ def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch
     try:
         for batch in DevicePrefetcher(batches, device, log.feed, job.plan.batch_bytes):
             log.begin()
-            measured = trainer.train_step(batch.frames, batch.ids)
+            measured = trainer.train_step(batch.frames, batch.ids, batch.actions)
             log.step(trainer, measured, batch.frames.shape[0] * batch.frames.shape[1])
             if trainer.step % job.config.checkpoint_every == 0 or trainer.step == trainer.total_steps:
                 log.flush()
                 if rank == 0:
-                    checkpoints.save(job.run, trainer.step, **trainer.state())  # type: ignore[arg-type]
+                    _save(job.run, trainer, log)
     finally:
         assembler.close()
     if trainer.step < trainer.total_steps:
         raise RuntimeError(f"the feed ended at step {trainer.step} of {trainer.total_steps}")
     if rank == 0:
         write_bytes(job.run / FEED_TOTALS, json.dumps(log.totals()).encode())
+
+
+def _save(run: Location, trainer: Trainer, log: _Log) -> None:
+    state: dict[str, Any] = trainer.state()
+    watch = {"watch": log.watch.state()}  # the warnings given, so that a resumed run does not repeat them
+    checkpoints.save(run, trainer.step, state["model"], state["optimizer"], state["meta"] | watch)
 
 
 def _decoders() -> int:
@@ -130,6 +145,8 @@ class _Log:
         self._job, self._tracked = job, tracked
         self._gauges = FeedGauges(job.run.path.rpartition("/")[2], rank)
         self._spilled_before = spilled_bytes()
+        self._evaluation = EvaluationDuring(job.config, job.plan.sources[0])
+        self.watch = CollapseWatch(job.config, job.plan.world)
         self._begun = False
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._reset()
@@ -148,7 +165,10 @@ class _Log:
     def step(self, trainer: Trainer, measured: dict[str, torch.Tensor], frames: int) -> None:
         """Count a step; every 50 steps, log."""
         self._frames, self._steps = self._frames + frames, self._steps + 1
+        evaluated = self._evaluated(trainer)
         if trainer.step % _LOG_EVERY and trainer.step != trainer.total_steps:
+            if evaluated and self._tracked is not None:
+                self._tracked.log(trainer.step, evaluated)
             return
         values = {key: float(value) for key, value in measured.items()}
         took = time.perf_counter() - self._started  # after the values: a GPU has then done these steps
@@ -165,9 +185,26 @@ class _Log:
         values["speed/frames_per_second"] = self._frames * self._job.plan.world / took
         values["speed/seconds_per_step"] = took / self._steps
         if self._tracked is not None:
-            self._tracked.log(trainer.step, values)
+            self._tracked.log(trainer.step, values | evaluated)
             self._print(trainer, values)
+            first = 0 if "tokenizer/loss" in values else self._job.config.tokenizer_stage.steps
+            for finding in self.watch.observe(trainer.step - first, values):
+                print(f"warning: {finding}", flush=True)
+                self._tracked.tag({f"finding.{finding.name}": f"step {trainer.step}: {finding.said}"})
         self._reset()
+
+    def _evaluated(self, trainer: Trainer) -> dict[str, float]:
+        """What `evaluation.during` asks for after this step, as `during/...`. The other ranks wait meanwhile."""
+        if self._tracked is None:
+            return {}
+        begun = time.perf_counter()
+        found = self._evaluation(trainer)
+        if found:
+            shown = [key for key in ("rollout/psnr@1", "rollout/psnr@10", "dci/i", "leakage") if key in found]
+            told = "  ".join(f"{key} {found[key]:.3g}" for key in shown)
+            print(f"step {trainer.step}: held-out {told}", flush=True)
+        self._started += time.perf_counter() - begun  # no part of the steps' time
+        return {f"during/{key}": value for key, value in found.items()}
 
     def _print(self, trainer: Trainer, values: dict[str, float]) -> None:
         left = values["speed/seconds_per_step"] * (trainer.total_steps - trainer.step)

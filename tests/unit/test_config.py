@@ -12,18 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flam_core.config import (
-    Config,
-    EvaluationConfig,
-    LossConfig,
-    ModelConfig,
-    StageConfig,
-    TokenizerConfig,
-    canonical_json,
-    differing_fields,
-    from_dict,
-    to_dict,
-)
+from flam_core.config import Config, EvaluationConfig, LossConfig, ModelConfig, StageConfig, TokenizerConfig
+from flam_core.config_json import canonical_json, differing_fields, from_dict, to_dict
 from flam_core.errors import SettingsError
 from flam_core.recipes import RECIPES, get_recipe
 
@@ -163,7 +153,10 @@ def test_factors_that_do_not_divide_the_latent_width_are_refused_with_some_that_
         (lambda: ModelConfig(slot_sharpness=0.0), "model.slot_sharpness = 0"),
         (lambda: ModelConfig(aggregator_sharpness=-1.0), "model.aggregator_sharpness = -1"),
         (lambda: ModelConfig(slot_focus=0.0), "model.slot_focus = 0"),
-        (lambda: stage(steps=0), "steps = 0"),
+        (lambda: stage(steps=-1), "steps = -1"),
+        (lambda: replace(get_recipe("smoke"), tokenizer_stage=stage(steps=0)), "0 steps of stage 1"),
+        (lambda: replace(get_recipe("smoke"), flam_stage=stage(steps=0)), "0 of stage 2"),
+        (lambda: replace(get_recipe("smoke"), tokenizer_sha256="0" * 64), "given tokenizer 0000"),
         (lambda: stage(learning_rate=0.0), "learning_rate"),
         (lambda: stage(learning_rate=float("nan")), "learning_rate"),
         (lambda: stage(clip_norm=-1.0), "clip_norm"),

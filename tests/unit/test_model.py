@@ -461,5 +461,6 @@ def test_every_weight_of_the_dynamics_gets_a_gradient(latent: Any) -> None:
     # Distributed training waits for the gradient of every weight.
     dynamics = Dynamics(replace(MODEL, latent=latent), TOKENIZER).double()
     prediction, _ = dynamics(features(2, 4))
-    (prediction.next_z.pow(2).mean() + prediction.actions.penalty.mean()).backward()
+    assert prediction.prior_nll is not None
+    (prediction.next_z.pow(2).mean() + prediction.actions.penalty.mean() + prediction.prior_nll.mean()).backward()
     assert [name for name, weight in dynamics.named_parameters() if weight.grad is None] == []

@@ -135,15 +135,15 @@ def test_pickled_code_never_runs(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 1', "is not JSON"),
+        ('{"format": 2', "is not JSON"),
         ("", "is not JSON"),
-        ("[1, 2]", "is not of format 1"),
-        ('{"model_type": "llama"}', "is not of format 1"),
-        ('{"format": 2}', "is not of format 1"),
-        ('{"format": 1}', "tokenizer is NoneType"),
-        ('{"format": 1, "tokenizer": {"size": 3}, "model": {}}', "unknown fields size"),
-        ('{"format": 1, "tokenizer": {}, "model": {"factors": "4"}}', "model.factors = '4'"),
-        ('{"format": 1, "tokenizer": {}, "model": {"factors": 3}}', "not divisible by model.factors 3"),
+        ("[1, 2]", "is not of format 2"),
+        ('{"model_type": "llama"}', "is not of format 2"),
+        ('{"format": 3}', "is not of format 2"),
+        ('{"format": 2}', "tokenizer is NoneType"),
+        ('{"format": 2, "tokenizer": {"size": 3}, "model": {}}', "unknown fields size"),
+        ('{"format": 2, "tokenizer": {}, "model": {"factors": "4"}}', "model.factors = '4'"),
+        ('{"format": 2, "tokenizer": {}, "model": {"factors": 3}}', "not divisible by model.factors 3"),
     ],
 )
 def test_a_config_that_is_not_flams_is_refused(folder: Path, text: str, message: str) -> None:

@@ -1,0 +1,139 @@
+"""What a study trains: its cells, each a config and a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from flam_core.config import Config
+from flam_core.errors import SettingsError
+from flam_core.recipes import get_recipe
+from flam_core.variants import apply_variant
+from flam_core.worlds import make_world
+from flam_core.worlds.grid import ACTIONS
+
+FACTORING = (
+    "flam",
+    "monolithic-gaussian",
+    "monolithic-vq",
+    "grouped",
+    "playslot",
+    "slotformer",
+    "true-actions",
+)
+"""FLAM and its rivals, as `model` in a study's table and as `--variant`."""
+_ABLATED_AGENTS = 4
+_BETAS = (1e-5, 2e-4, 1e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """The sizes of a study."""
+
+    recipe: str = "tiny"
+    """Sizes of model and training; factors, latent width and frame size follow the world."""
+    agents: tuple[int, ...] = (2, 4, 8)
+    """Agents of the worlds (factoring)."""
+    seeds: int = 3
+    """Trainings of each model."""
+    models: tuple[str, ...] = ()
+    """Only these; none: all of the study."""
+    cells: int = 6
+    """Cells along each side of the grid."""
+    walls: int = 3
+    """Wall cells."""
+    episodes: int = 800
+    """Episodes of 64 frames of each data set."""
+    tokenizer_steps: int | None = None
+    """Steps of stage 1; None: the recipe's."""
+    steps: int | None = None
+    """Steps of stage 2; None: the recipe's."""
+    folder: str = "outputs/studies"
+    """Data, tokenizers and the result of each training: what is there already is not done again."""
+    out: str = "docs/results"
+    """Where the tables and plots go."""
+    tasks: int = 2
+    """Trainings at a time."""
+    threads: int = 1
+    """PyTorch threads of each."""
+    gpus: float = 0.0
+    """GPUs of each training; a fraction lets several share one."""
+    address: str | None = None
+    """Ray cluster, whose nodes must all see `folder`; default RAY_ADDRESS, else a local Ray."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "cells", "episodes", "tasks", "threads"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} = {getattr(self, name)}", fix="It must be at least 1.")
+        if not self.agents or min(self.agents) < 1:
+            raise SettingsError(f"agents = {self.agents}", fix="Give one or more numbers of agents.")
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    model: str
+    """As in the table: a variant, or the name of an ablation."""
+    agents: int
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of the file with its result: another config is another cell."""
+        return f"{self.model}-agents{self.agents}-seed{self.seed}-{self.config.sha256()[:8]}"
+
+
+def world_options(settings: StudySettings, agents: int) -> dict[str, Any]:
+    """Of the grid world with so many agents."""
+    size = get_recipe(settings.recipe).tokenizer.frame_size
+    return {"agents": agents, "cells": settings.cells, "walls": settings.walls, "frame_size": size}
+
+
+def base_config(settings: StudySettings, agents: int, seed: int) -> Config:
+    """FLAM with as many factors as there are agents, and two to spare for starts that go to something else.
+
+    Each factor has a latent action of the recipe's width, and so the total width that all rivals share.
+    """
+    make_world("grid", **world_options(settings, agents))  # raises SettingsError if they do not fit
+    recipe = get_recipe(settings.recipe)
+    factors = agents + 2
+    model = replace(recipe.model, factors=factors, latent_width=factors * recipe.model.action_dim)
+    first = replace(recipe.tokenizer_stage, steps=settings.tokenizer_steps or recipe.tokenizer_stage.steps)
+    second = replace(recipe.flam_stage, steps=settings.steps or recipe.flam_stage.steps)
+    return replace(recipe, model=model, tokenizer_stage=first, flam_stage=second, seed=seed)
+
+
+def factoring_cells(settings: StudySettings) -> list[Cell]:
+    """FLAM against its rivals as the number of agents grows.
+
+    In an order in which an unfinished study already compares something: seed by seed, world by world.
+    """
+    return [
+        Cell(model, agents, seed, apply_variant(base_config(settings, agents, seed), model, (agents, 1, len(ACTIONS))))
+        for seed in range(settings.seeds)
+        for agents in settings.agents
+        for model in _chosen(settings, FACTORING)
+    ]
+
+
+def ablation_cells(settings: StudySettings) -> list[Cell]:
+    """FLAM with one thing changed at a time, with four agents (flam-spec: the ablation table)."""
+    cells = []
+    for seed in range(settings.seeds):
+        base = base_config(settings, _ABLATED_AGENTS, seed)
+        changed = {name: apply_variant(base, name) for name in ("flam", "flam-vq", "no-temporal", "global-coupled")}
+        for factors in (2, 4, 8):
+            model = replace(base.model, factors=factors, latent_width=factors * base.model.action_dim)
+            changed[f"factors-{factors}"] = replace(base, model=model)
+        for beta in _BETAS:
+            changed[f"beta-{beta:g}"] = replace(base, loss=replace(base.loss, beta=beta))
+        chosen = _chosen(settings, tuple(changed))
+        cells += [Cell(name, _ABLATED_AGENTS, seed, changed[name]) for name in chosen]
+    return cells
+
+
+def _chosen(settings: StudySettings, known: tuple[str, ...]) -> tuple[str, ...]:
+    if odd := [name for name in settings.models if name not in known]:
+        raise SettingsError(f"the study has no model {', '.join(odd)}", fix=f"Models: {', '.join(known)}.")
+    return tuple(name for name in known if not settings.models or name in settings.models)

@@ -1,0 +1,72 @@
+"""Evaluation on the held-out clips of a data set: at the end of a run, and while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flam_core.config import Config, EvaluationConfig
+from flam_core.data.quarantine import BadClip
+from flam_core.evaluation.context import HeldOutClip
+from flam_core.evaluation.evaluate import Evaluation, due, evaluate, measure
+from flam_core.evaluation.held_out import held_out_clips
+from flam_core.learning.trainer import Trainer
+from flam_core.model import Flam
+from services.feed import FeedSource
+
+
+def evaluate_on(
+    model: Flam,
+    source: FeedSource,
+    config: EvaluationConfig,
+    seed: int,
+    *,
+    split: str = "test",
+    on_broken: Callable[[BadClip], None],
+) -> Evaluation:
+    """Evaluate a model on the held-out episodes of a data set, without its quarantined clips.
+
+    `on_broken` is told of each clip that turns out to be broken and is left out. Raises DataError if no clip is long
+    enough.
+    """
+    clips, probes, long_clips = _read(source, config, split, on_broken)
+    return evaluate(model, clips, probes, clips, config, seed, long_clips)
+
+
+class EvaluationDuring:
+    """What `config.evaluation.during` measures while FLAM trains, on the split `val`: `test` is for the end."""
+
+    def __init__(self, config: Config, source: FeedSource) -> None:
+        self._config, self._source = config, source
+        self._clips: tuple[list[HeldOutClip], list[HeldOutClip], list[HeldOutClip]] | None = None
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        """The metrics that are due after the step just done; mostly none."""
+        config = self._config.evaluation
+        names = due(config, trainer.step - self._config.tokenizer_stage.steps)
+        if not names:
+            return {}
+        if self._clips is None:
+            # A clip that cannot be read is named at the end, if not by the feed before.
+            self._clips = _read(self._source, config, "val", lambda _clip: None)
+        clips, probes, long_clips = self._clips
+        return measure(trainer.model, clips, probes, clips, config, self._config.seed, names, long_clips).metrics
+
+
+def _read(
+    source: FeedSource, config: EvaluationConfig, split: str, on_broken: Callable[[BadClip], None]
+) -> tuple[list[HeldOutClip], list[HeldOutClip], list[HeldOutClip]]:
+    """Clips to roll out and to probe, train clips to fit the probes on, and long clips."""
+    frames = config.context + config.horizon
+    manifest, data = source.manifest, source.data
+
+    def read(split: str, frames: int, limit: int) -> list[HeldOutClip]:
+        return held_out_clips(
+            manifest, data.fs, data.path, split, frames, limit, quarantine=source.quarantine, on_broken=on_broken
+        )
+
+    longest = max(n for shard in manifest.split(split) for n in shard.clip_frames)
+    return (
+        read(split, frames, max(config.clips, config.probe_clips)),
+        read("train", frames, config.probe_clips),
+        read(split, min(longest, config.context + config.long_horizon), config.long_clips),
+    )

@@ -1,0 +1,87 @@
+"""What a run is told beside its config, and the config that comes of both."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import flam_core
+from flam_core.config import Config
+from flam_core.errors import SettingsError
+from flam_core.saved_model import weights_to_bytes
+from flam_core.variants import TRUE_ACTIONS, apply_variant
+from services.feed import Decode, FeedSource
+from services.training.data import describe_actions
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Where and on what a run runs; nothing here changes what is learnt but data and tokenizer."""
+
+    data: str = "data/grid"
+    """The data set: a folder or s3://bucket/prefix. Several with their shares of each batch: data/a@2,data/b@1; the
+    first is the one that the model is evaluated on."""
+    tokenizer_from: str | None = None
+    """Take the tokenizer of this model (a folder, a run, models:/NAME/VERSION) instead of training one."""
+    storage: str = "outputs"
+    """Where the run keeps config and checkpoints: a folder or s3://bucket/prefix."""
+    tracking: str | None = None
+    """MLflow's address; default MLFLOW_TRACKING_URI, else an SQLite file beside the outputs."""
+    experiment: str = "flam"
+    """MLflow experiment."""
+    workers: int = 1
+    """Ray Train workers (data-parallel ranks)."""
+    worker_cpus: float = 1.0
+    """Logical CPUs of each worker. Ray Data needs some beside them."""
+    threads: int = 0
+    """PyTorch threads of each worker; 0: the cores of this machine but one, shared out among the
+    workers."""
+    gpu: bool = False
+    """One GPU for each worker."""
+    address: str | None = None
+    """Ray cluster; default RAY_ADDRESS, else a local Ray is started and stopped."""
+    fresh: bool = False
+    """Start another run even if one with the same inputs exists."""
+    resume: str | None = None
+    """Go on with the run of this id, with its own settings. A setting given beside it must be the run's."""
+    verify: bool = True
+    """Check every shard's sha256 before training."""
+    max_bad_share: float = 0.01
+    """Share of clips that may be broken or quarantined; beyond it the run stops with the list."""
+    decode: Decode = "auto"
+    """Where clips are decoded: beside the trainer (worker), in Ray Data tasks (task), or as suits the codec."""
+    cache: str | None = None
+    """A folder on each node in which row groups read from a bucket are kept; default: none."""
+    cache_gb: float = 20.0
+    """What the cache may hold."""
+    register: bool = True
+    """Register the model in MLflow."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise SettingsError(f"workers = {self.workers}", fix="Use 1 or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise SettingsError(f"max_bad_share = {self.max_bad_share}", fix="It is a share: 0 to 1.")
+        if self.cache_gb <= 0:
+            raise SettingsError(f"cache_gb = {self.cache_gb}", fix="Use a number above 0.")
+        if self.worker_cpus <= 0:
+            raise SettingsError(f"worker_cpus = {self.worker_cpus}", fix="Use a number above 0.")
+
+
+def settle(config: Config, settings: TrainSettings, sources: tuple[FeedSource, ...]) -> tuple[Config, bytes | None]:
+    """The config with its variant and its tokenizer worked in, and the weights of a tokenizer that is given.
+
+    Raises SettingsError for an unknown variant, DataError if there is no such model.
+    """
+    weights = None
+    if settings.tokenizer_from is not None:
+        tokenizer = flam_core.load(settings.tokenizer_from).tokenizer
+        weights = weights_to_bytes(tokenizer)
+        config = replace(
+            config,
+            tokenizer=tokenizer.config,
+            tokenizer_stage=replace(config.tokenizer_stage, steps=0),
+            tokenizer_sha256=hashlib.sha256(weights).hexdigest(),
+        )
+    actions = describe_actions(sources) if config.variant == TRUE_ACTIONS else None
+    return apply_variant(config, config.variant, actions), weights

@@ -1,0 +1,111 @@
+"""The codebook of discrete latent actions: moving averages, dead codes, and that it is part of a run's state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flam_core.config import ModelConfig
+from flam_core.model.latent_action import VQLatent
+from tests.unit.test_trainer import CONFIG, run, started, weights
+
+MODEL = ModelConfig(factors=2, width=8, heads=2, latent_width=6, latent="vq", codebook=4, codebook_decay=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(3)
+
+
+def seen(latent: VQLatent, x: torch.Tensor) -> None:
+    """Let the latent see exactly x [N, A]: the head is bypassed by being the identity."""
+    latent.head = torch.nn.Identity()  # type: ignore[assignment]
+    latent(x[None, :, None])
+
+
+def test_a_code_moves_to_the_mean_of_what_falls_to_it() -> None:
+    latent = VQLatent(MODEL)
+    centres = F.normalize(torch.tensor([[1.0, 0, 0.3], [-1, 0, 0.3], [0, 1, -0.3], [0, -1, -0.3]]), dim=-1)
+    with torch.no_grad():
+        latent.codebook.weight.copy_(centres)
+        latent.sums.copy_(centres / 4)
+    x = F.normalize(centres.repeat_interleave(50, 0) + 0.05 * torch.randn(200, 3), dim=-1)
+    for _ in range(30):
+        seen(latent, x)
+        latent.after_step()
+    means = F.normalize(x.view(4, 50, 3).mean(dim=1), dim=-1)
+    assert torch.allclose(latent.codebook.weight, means, atol=1e-3)
+    assert torch.allclose(latent.usage, torch.full((4,), 0.25), atol=1e-3)
+
+
+def test_a_code_that_nothing_falls_to_stays_where_it_is() -> None:
+    latent = VQLatent(MODEL)
+    with torch.no_grad():
+        latent.codebook.weight.copy_(
+            F.normalize(torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, -1, 0], [0, 0, -1]]), dim=-1)
+        )
+        latent.sums.copy_(latent.codebook.weight / 4)
+    before = latent.codebook.weight[1:].clone()
+    for _ in range(20):
+        seen(latent, F.normalize(torch.tensor([[1.0, 0.2, 0.0]]).repeat(10, 1), dim=-1))
+        latent.after_step()
+    assert torch.allclose(latent.codebook.weight[1:], before, atol=1e-6)
+    assert latent.codebook.weight[0, 1] > 0.1
+    assert latent.usage[0] > 0.99
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_dead_code_moves_to_a_transition_and_is_then_used(decay: float | None) -> None:
+    latent = VQLatent(replace(MODEL, codebook_decay=decay, codebook_revival=0.1))
+    x = F.normalize(torch.randn(400, 3) + torch.tensor([5.0, 0.0, 0.0]), dim=-1)
+    with torch.no_grad():
+        latent.codebook.weight.copy_(torch.tensor([[1.0, 0, 0], [-1, 0, 0], [-1, 0.1, 0], [-1, 0, 0.1]]))
+        latent.sums.copy_(F.normalize(latent.codebook.weight, dim=-1) / 4)
+    used = []
+    for _ in range(400):
+        latent.head = torch.nn.Identity()  # type: ignore[assignment]
+        used.append(len(latent(x[None, :, None]).codes.unique()))
+        latent.after_step()
+    assert used[0] == 1
+    assert used[-1] == 4
+
+
+def test_without_a_revival_share_dead_codes_stay_dead() -> None:
+    latent = VQLatent(MODEL)
+    with torch.no_grad():
+        latent.codebook.weight.copy_(torch.tensor([[1.0, 0, 0], [-1, 0, 0], [-1, 0.1, 0], [-1, 0, 0.1]]))
+        latent.sums.copy_(F.normalize(latent.codebook.weight, dim=-1) / 4)
+    for _ in range(100):
+        seen(latent, torch.tensor([[1.0, 0.0, 0.0]]).repeat(8, 1))
+        latent.after_step()
+    assert len(latent(torch.randn(1, 50, 1, 3).abs()).codes.unique()) == 1
+
+
+def test_evaluation_leaves_the_codebook_alone() -> None:
+    latent = VQLatent(replace(MODEL, codebook_revival=0.5)).eval()
+    before = {name: value.clone() for name, value in latent.state_dict().items() if "head" not in name}
+    latent(torch.randn(2, 5, 2, 8))
+    latent.after_step()
+    after = latent.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_restored_run_with_moving_codes_continues_bit_for_bit(at: int) -> None:
+    model = replace(CONFIG.model, latent="vq", codebook_decay=0.9, codebook_revival=0.9)
+    settings = replace(CONFIG, model=model)
+    unbroken = started(settings, until=at)
+    saved = unbroken.state()
+    resumed = started(settings)
+    resumed.restore(**saved)  # type: ignore[arg-type]
+    for trainer in (unbroken, resumed):
+        run(trainer, trainer.total_steps)
+    there, here = weights(unbroken.model), weights(resumed.model)
+    assert all(torch.equal(value, here[name]) for name, value in there.items())
+    assert not torch.equal(
+        weights(started(settings).model)["dynamics.inverse.latent.codebook.weight"],
+        here["dynamics.inverse.latent.codebook.weight"],
+    )
