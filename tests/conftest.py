@@ -10,11 +10,14 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Shared machines stall: how long an example took says nothing about the code.
 settings.register_profile("flam", deadline=None)
 settings.load_profile("flam")
+# On a machine that is shared, threads that wait for one another cost more than they give to models this small.
+torch.set_num_threads(1)
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",
