@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,7 +203,7 @@ def _feed(
     start: int = 0,
     cache: CacheSettings | None = None,
     meters: FeedMeters | None = None,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """The feed as a trainer of one rank has it, in this process. For ever."""
     plan = _plan(settings, data, manifest)
     meters = meters or FeedMeters()
@@ -264,7 +264,7 @@ def _steps(settings: FeedBenchSettings, data: Location, manifest: Manifest) -> d
         begun = time.perf_counter()
         next(batches)
         waits.append(time.perf_counter() - begun)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     ends = [waits[i] for i in range(len(waits)) if (i + 1) % epoch == 0]
     return {
         "wait_share": sum(waits) / (sum(waits) + steps * settings.step_ms / 1000),
@@ -291,6 +291,7 @@ def _soak(
         if past // 60 > told:
             told = int(past // 60)
             say(f"minute {told}: {frames / past:.0f} frames/s, {memory.totals[-1] / 2**20:.0f} MiB in all processes")
+    batches.close()  # before Ray is: a thread that reads from it afterwards ends the process
     totals = np.array(memory.totals[len(memory.totals) // 10 :], dtype=np.float64)
     tenth = max(1, len(totals) // 10)
     return {
