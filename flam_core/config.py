@@ -357,11 +357,12 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.slot_hold < 1:
             raise SettingsError(f"slot_hold = {self.slot_hold}", fix="It is a share of the steps: 0 <= slot_hold < 1.")
-        if (self.tokenizer_stage.steps == 0) != (self.tokenizer_sha256 is not None) or not self.flam_stage.steps:
+        if self.flam_stage.steps == 0:
+            raise SettingsError("flam_stage.steps = 0", fix="It must be at least 1.")
+        if (self.tokenizer_stage.steps == 0) != (self.tokenizer_sha256 is not None):
             raise SettingsError(
-                f"{self.tokenizer_stage.steps} steps of stage 1, {self.flam_stage.steps} of stage 2, given tokenizer "
-                f"{self.tokenizer_sha256}",
-                fix="Give each stage at least one step; stage 1 none with a tokenizer of its own (--tokenizer_from).",
+                f"tokenizer_stage.steps = {self.tokenizer_stage.steps} with the given tokenizer {self.tokenizer_sha256}",
+                fix="Without a given tokenizer it must be at least 1; with one (--tokenizer_from) it is 0 by itself.",
             )
         if self.checkpoint_every < 1:
             raise SettingsError(f"checkpoint_every = {self.checkpoint_every}", fix="It must be at least 1.")
