@@ -361,8 +361,8 @@ class Config:
             raise SettingsError("flam_stage.steps = 0", fix="It must be at least 1.")
         if (self.tokenizer_stage.steps == 0) != (self.tokenizer_sha256 is not None):
             raise SettingsError(
-                f"tokenizer_stage.steps = {self.tokenizer_stage.steps} with the given tokenizer {self.tokenizer_sha256}",
-                fix="Without a given tokenizer it must be at least 1; with one (--tokenizer_from) it is 0 by itself.",
+                f"tokenizer_stage.steps = {self.tokenizer_stage.steps}, given tokenizer: {self.tokenizer_sha256}",
+                fix="It is 0 with a given tokenizer (--tokenizer_from), and at least 1 without.",
             )
         if self.checkpoint_every < 1:
             raise SettingsError(f"checkpoint_every = {self.checkpoint_every}", fix="It must be at least 1.")
