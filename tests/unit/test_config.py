@@ -156,7 +156,7 @@ def test_factors_that_do_not_divide_the_latent_width_are_refused_with_some_that_
         (lambda: stage(steps=-1), "steps = -1"),
         (lambda: replace(get_recipe("smoke"), tokenizer_stage=stage(steps=0)), "tokenizer_stage.steps = 0"),
         (lambda: replace(get_recipe("smoke"), flam_stage=stage(steps=0)), "flam_stage.steps = 0"),
-        (lambda: replace(get_recipe("smoke"), tokenizer_sha256="0" * 64), "given tokenizer 0000"),
+        (lambda: replace(get_recipe("smoke"), tokenizer_sha256="0" * 64), "given tokenizer: 0000"),
         (lambda: stage(learning_rate=0.0), "learning_rate"),
         (lambda: stage(learning_rate=float("nan")), "learning_rate"),
         (lambda: stage(clip_norm=-1.0), "clip_norm"),
