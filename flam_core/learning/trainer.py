@@ -112,7 +112,12 @@ class Trainer:
             latent.after_step()
         self.step += 1
         name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
-        return meters | {f"{name}/loss": loss.detach(), f"{name}/grad_norm": norm, f"{name}/lr": torch.tensor(rate)}
+        apart = meters.get("flam/prior_nll", torch.zeros(()))  # what shares no gradient with the rest is no part of it
+        return meters | {
+            f"{name}/loss": loss.detach() - apart.to(loss.device),
+            f"{name}/grad_norm": norm,
+            f"{name}/lr": torch.tensor(rate),
+        }
 
     def _stage_config(self) -> tuple[StageConfig, int]:
         first = self.config.tokenizer_stage

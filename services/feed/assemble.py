@@ -19,10 +19,12 @@ from flam_core.data.shard import decode_actions, decode_clip
 from flam_core.errors import DataError, TrainingFailed
 from services.feed.meters import FeedMeters
 from services.feed.plan import FeedPlan
-from services.feed.read import key_of
 
 _AHEAD, _AHEAD_BYTES = 8, 128 << 20
 """Steps that are decoded and put together at a time: so many, unless they are larger than that."""
+
+_FIELDS = ("id", "frames", "height", "width", "codec", "crc32", "error")
+"""Of a clip, what decoding needs beside its payload, and why it cannot be had."""
 
 Stack = Callable[[list[np.ndarray]], np.ndarray]
 """Copies arrays of one shape and type into a new one: into page-locked memory, where batches go on to a GPU."""
@@ -66,6 +68,8 @@ class _Decoding:
     pixels: _Pixels
     noted: bool = False
     """Whether the meters know."""
+    failed: bool = False
+    """Whether there are no pixels, once the meters know."""
 
 
 class _Due(NamedTuple):
@@ -82,6 +86,11 @@ class _Due(NamedTuple):
             return None
         result = self.decoding.pixels.result()[0]
         return None if isinstance(result, str) else result
+
+    @property
+    def good(self) -> bool:
+        """Whether the window is in the batch, once the meters know of its clip."""
+        return self.decoding is not None and not self.decoding.failed
 
 
 @dataclass(frozen=True)
@@ -122,16 +131,15 @@ class Assembler:
         Raises DataError if the plan asks for the truth and a clip has no actions, or of other entities than the first.
         """
         self._meters.read(counters)
-        names = ("id", "frames", "height", "width", "codec", "crc32", "uses", "error")
-        columns = {name: clips.field(name).to_pylist() for name in names}
-        payloads = clips.field("payload")
-        for i in range(len(clips)):
-            row = {name: columns[name][i] for name in names} | {"payload": payloads[i].as_buffer()}
-            key = key_of(clips[i])
+        columns = [clips.field(name).to_pylist() for name in _FIELDS]
+        keys = zip(*(clips.field(name).to_pylist() for name in ("source", "shard", "row_group", "row")), strict=True)
+        payloads, uses = clips.field("payload"), clips.field("uses").to_pylist()
+        for i, (key, values) in enumerate(zip(map(ClipKey._make, keys), zip(*columns, strict=True), strict=True)):
+            row: dict[str, Any] = dict(zip(_FIELDS, values, strict=True)) | {"payload": payloads[i].as_buffer()}
             if self._plan.truth and row["error"] is None:
                 row["actions"] = self._actions(clips[i], key.shard)
             held = self._clips.setdefault(key, _Held(row, deque(), error=row["error"]))
-            held.uses.append(columns["uses"][i])  # it may be held for a block of the last epoch still
+            held.uses.append(uses[i])  # it may be held for a block of the last epoch still
             if held.error is not None and len(held.uses) == 1:
                 self._broken(key, held)
 
@@ -210,18 +218,14 @@ class Assembler:
             )
         for one in begun.due:
             self._used(one.window.clip, one.held)
-        ids = [one.window.id for one in begun.due if one.frames() is not None]
+        ids = [one.window.id for one in begun.due if one.good]
         return StepBatch(begun.step, frames, ids, self._actions_of(begun) if self._plan.truth else None)
 
     def _actions_of(self, begun: _Begun) -> np.ndarray:
         """float32 [B, T, N, S] of the step's windows, those of broken clips left out."""
         span = self._plan.stages[self._plan.stage_of(begun.step)[0]].shape.span
         return self._stack(
-            [
-                one.held.row["actions"][one.window.start : one.window.start + span]
-                for one in begun.due
-                if one.frames() is not None
-            ]
+            [one.held.row["actions"][one.window.start : one.window.start + span] for one in begun.due if one.good]
         )
 
     def _note(self, due: _Due) -> None:
@@ -232,7 +236,7 @@ class Assembler:
         result, seconds = due.decoding.pixels.result()
         self._meters.decode_seconds += seconds
         if isinstance(result, str):
-            due.held.error = result
+            due.held.error, due.decoding.failed = result, True
             self._broken(due.window.clip, due.held)
         else:
             self._meters.decoded_clips += 1

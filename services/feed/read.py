@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from flam_core.data.codec import Raw
-from flam_core.data.order import ClipKey
 from flam_core.data.shard import ACTION_COLUMNS, FRAME_COLUMNS, decode_clip, read_row_group
 from flam_core.errors import DataError, EnvironmentFault, FlamError, pack
 from services.feed.plan import ClipUse, FeedPlan
@@ -140,7 +139,9 @@ def _read_group(
             # A shard's name ends with its hash, so the name says what is in it, wherever it lies.
             key = f"{shard}/{group}/actions" if plan.truth else f"{shard}/{group}"
             table = cache.get_or_fetch(key, lambda: _fetch(data, shard, group, wanted))
-        taken = table.take(pa.array(rows)).combine_chunks()
+        # All of a group in order is the common case of few ranks, and needs no copy.
+        taken = table if rows == list(range(len(table))) else table.take(pa.array(rows))
+        taken = taken.combine_chunks()
     except (DataError, IndexError, pa.ArrowInvalid) as error:
         reason = error.what if isinstance(error, DataError) else f"shard {shard}, row group {group}: {error}"
         return _struct(clip, source, shard, group, uses, {}, [reason] * len(uses)), 0
@@ -204,8 +205,3 @@ def _struct(
     return pa.StructArray.from_arrays(
         [given[f.name].cast(f.type) if f.name in given else pa.nulls(n, f.type) for f in clip], fields=list(clip)
     )
-
-
-def key_of(clip: pa.StructScalar) -> ClipKey:
-    """The clip that a row of `clips` is of."""
-    return ClipKey(*(clip[name].as_py() for name in ("source", "shard", "row_group", "row")))

@@ -52,6 +52,23 @@ class EvaluationDuring:
         return measure(trainer.model, clips, probes, clips, config, self._config.seed, names, long_clips).metrics
 
 
+def clips_of(
+    source: FeedSource, config: EvaluationConfig, split: str, *, on_broken: Callable[[BadClip], None]
+) -> list[HeldOutClip]:
+    """The clips of a split that are rolled out, each of context and horizon."""
+    data, frames = source.data, config.context + config.horizon
+    return held_out_clips(
+        source.manifest,
+        data.fs,
+        data.path,
+        split,
+        frames,
+        config.clips,
+        quarantine=source.quarantine,
+        on_broken=on_broken,
+    )
+
+
 def _read(
     source: FeedSource, config: EvaluationConfig, split: str, on_broken: Callable[[BadClip], None]
 ) -> tuple[list[HeldOutClip], list[HeldOutClip], list[HeldOutClip]]:
