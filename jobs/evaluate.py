@@ -57,7 +57,7 @@ def main(arguments: Arguments) -> None:
     measured = evaluate_on(
         model, source, arguments.evaluation, arguments.seed, split=arguments.split, on_broken=broken.append
     )
-    for clip in broken:
+    for clip in dict.fromkeys(broken):  # it may have been read for more than one measure
         print(f"left out: {clip}", flush=True)
     Quarantine(clips=(*source.quarantine.clips, *broken)).check(manifest, arguments.max_bad_share)
     info = {"model": arguments.model, "data set": manifest.name, "split": arguments.split, "seed": str(arguments.seed)}

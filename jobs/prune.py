@@ -50,8 +50,10 @@ def main(arguments: Arguments) -> None:
     """Load, prune, save."""
     (source,) = open_sources([(arguments.data, 1.0)], max_bad_share=arguments.max_bad_share)
     model = flam_core.load(arguments.model)
-    clips = clips_of(source, arguments.evaluation, "val", on_broken=lambda clip: print(f"left out: {clip}", flush=True))
-    found = prune(model, clips, arguments.evaluation, arguments.seed, arguments.tolerance_db)
+    sizes = arguments.evaluation
+    frames = sizes.context + sizes.horizon
+    clips = clips_of(source, "val", frames, sizes.clips, on_broken=lambda clip: print(f"left out: {clip}", flush=True))
+    found = prune(model, clips, sizes, arguments.seed, arguments.tolerance_db)
     kept = ", ".join(map(str, found.kept))
     card = f"# Pruned FLAM\n\nSlots {kept} of the {model.factors} of `{arguments.model}`, by `{arguments.data}`.\n"
     save_model(found.model, arguments.out, card)

@@ -5,8 +5,8 @@
     python jobs/study.py ablations                      # FLAM with one thing changed at a time
     python jobs/study.py factoring --recipe multigrid --gpus 1 --cells 8
 
-A study that was stopped goes on where it was: the same command again does what is not done. docs/results/ has what came
-of them.
+A study that was stopped goes on where it was: the same command again does what is not done. The table, the CSV and the
+plot go to docs/results/, or where --out says.
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ from flam_core.learning.trainer import Trainer
 from flam_core.model import Flam
 from flam_core.saved_model import save_model, weights_to_bytes
 from flam_core.worlds import make_world
-from services.feed import Assembler, FeedPlan, FeedSource, StagePlan, local_steps
+from services.feed import Assembler, FeedPlan, FeedSource, local_steps
 from services.feed.prefetch import stack_for
 from services.storage import resolve
 from services.study.plan import Cell, StudySettings, world_options
+from services.training.data import stage_plans
 from services.training.held_out import evaluate_on
 
 _FRAMES = 64
@@ -166,10 +167,7 @@ def _trained(
     """A trainer after `until` steps: the same program, sample order and noise as a Ray Train run with one worker."""
     torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if settings.gpus else "cpu")
-    stages = tuple(
-        StagePlan(stage.steps, stage.batch_clips, stage.clip_frames, stage.frame_skip, stage.window_stride)
-        for stage in (config.tokenizer_stage, config.flam_stage)
-    )
+    stages = stage_plans(config)
     plan = FeedPlan((_source(data),), stages, config.seed, world=1, truth=config.model.latent == "true")
     trainer = Trainer(config, device, tokenizer=tokenizer)
     assembler = Assembler(plan, 0, stack=stack_for(device))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import statistics
 from collections import defaultdict
@@ -19,6 +18,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from flam_core.evaluation.stats import over_seeds
 from services.study.plan import Cell, StudySettings
 
 Result = tuple[Cell, dict[str, Any]]
@@ -39,15 +39,16 @@ _SPREAD = {
     "position_probe": "dci/i",
     "slots_used": "slots/used",
 }
-"""Columns with {mean, se}, and the metric that each comes from."""
+"""Columns with mean, se, low, high and n, and the metric that each comes from."""
 _MARKDOWN = ("psnr@1", "psnr@10", "copy@10", "ceiling", "action_probe")
 
 
 def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
     """One row for each model and number of agents, in the order in which they first appear.
 
-    `psnr@1` and other columns are {mean, se, n} over seeds, or null where nothing was measured; `dci` is {d, c, i} and
-    `dci_se` its standard errors, `leakage` a number and `leakage_se` its error. `failed` says which seeds gave no
+    `psnr@1` and other columns are {mean, se, low, high, n} over seeds (all but mean and n null with one seed), or null
+    where nothing was measured; `dci` is {d, c, i} and `dci_se` its standard errors, `leakage` a number and `leakage_se`
+    its error. `failed` says which seeds gave no
     numbers, and why.
     """
     groups: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
@@ -72,12 +73,9 @@ def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def _estimate(metrics: Sequence[dict[str, float]], key: str) -> dict[str, float] | None:
+def _estimate(metrics: Sequence[dict[str, float]], key: str) -> dict[str, Any] | None:
     values = [one[key] for one in metrics if key in one]
-    if not values:
-        return None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": statistics.mean(values), "se": error, "n": len(values)}
+    return over_seeds(values).row if values else None
 
 
 def write_results(folder: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> list[Path]:
@@ -122,7 +120,8 @@ def _markdown(name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> s
     ]
     for row in rows:
         dci = " / ".join(f"{row['dci'][part]:.2f}" for part in "dci") if row["dci"] else "-"
-        leakage = "-" if row["leakage"] is None else f"{row['leakage']:.1%} ± {row['leakage_se']:.1%}"
+        leakage = "-" if row["leakage"] is None else f"{row['leakage']:.1%}"
+        leakage += "" if row["leakage_se"] is None else f" ± {row['leakage_se']:.1%}"
         values = " | ".join(_shown(row[key]) for key in _MARKDOWN)
         lines.append(
             f"| {row['model']} | {row['agents']} | {row['seeds']} | {values} | {dci} | {leakage} | "
@@ -134,20 +133,23 @@ def _markdown(name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> s
     return "\n".join(lines) + "\n"
 
 
-def _shown(estimate: dict[str, float] | None) -> str:
-    return "-" if estimate is None else f"{estimate['mean']:.2f} ± {estimate['se']:.2f}"
+def _shown(estimate: dict[str, Any] | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate['mean']:.2f}" + ("" if estimate["se"] is None else f" ± {estimate['se']:.2f}")
 
 
 _PANELS: dict[str, Callable[[dict[str, Any]], tuple[float, float] | None]] = {
     "PSNR after 1 step, dB": lambda row: _pair(row["psnr@1"]),
     "PSNR after 10 steps, dB": lambda row: _pair(row["psnr@10"]),
     "position probe (DCI's I)": lambda row: _pair(row["position_probe"]),
-    "leakage": lambda row: None if row["leakage"] is None else (row["leakage"], row["leakage_se"]),
+    "leakage": lambda row: None if row["leakage"] is None else (row["leakage"], row["leakage_se"] or 0.0),
 }
 
 
-def _pair(estimate: dict[str, float] | None) -> tuple[float, float] | None:
-    return None if estimate is None else (estimate["mean"], estimate["se"])
+def _pair(estimate: dict[str, Any] | None) -> tuple[float, float] | None:
+    """Mean and error bar."""
+    return None if estimate is None else (estimate["mean"], estimate["se"] or 0.0)
 
 
 def _plot_agents(rows: list[dict[str, Any]], place: Path) -> None:

@@ -12,7 +12,7 @@ from flam_core.data.manifest import read_manifest
 from flam_core.data.quarantine import read_quarantine
 from flam_core.data.shard import TRUTH_COLUMNS, decode_truth, read_row_group, verify_shard
 from flam_core.errors import DataError, SettingsError
-from services.feed import FeedSource
+from services.feed import FeedSource, StagePlan
 from services.storage import resolve
 
 
@@ -51,6 +51,14 @@ def open_sources(parts: list[tuple[str, float]], *, max_bad_share: float) -> tup
     if len(set(names)) < len(names):
         raise DataError(f"two data sets are called {' and '.join(names)}", fix="Ingest one with another --name.")
     return tuple(sources)
+
+
+def stage_plans(config: Config) -> tuple[StagePlan, ...]:
+    """What the feed is to know of both stages."""
+    return tuple(
+        StagePlan(stage.steps, stage.batch_clips, stage.clip_frames, stage.frame_skip, stage.window_stride)
+        for stage in (config.tokenizer_stage, config.flam_stage)
+    )
 
 
 def verify_sources(sources: tuple[FeedSource, ...]) -> None:

@@ -112,7 +112,8 @@ def _card(prepared: Prepared, measured: Evaluation) -> str:
     """The model card: what it is, from what, how good, how to use it."""
     config, manifest = prepared.config, prepared.manifest
     rows = "\n".join(f"| `{key}` | {measured.metrics[key]:.4f} |" for key in _TAGGED if key in measured.metrics)
-    return f"""# flam-{manifest.name}
+    name = f"flam-{prepared.data_name}"
+    return f"""# {name}
 
 A factored latent action world model (FLAM) with {config.model.factors} factors and {config.model.latent} latent
 actions, trained without action labels by the run `{prepared.run_id}`.
@@ -123,7 +124,7 @@ actions, trained without action labels by the run `{prepared.run_id}`.
 
 ```python
 import flam_core
-model = flam_core.load("models:/flam-{manifest.name}@candidate")
+model = flam_core.load("models:/{name}@candidate")
 ```
 
 Measured on held-out episodes (docs/metrics.md says what each number means; the run's metrics.json has all of them):

@@ -53,19 +53,12 @@ class EvaluationDuring:
 
 
 def clips_of(
-    source: FeedSource, config: EvaluationConfig, split: str, *, on_broken: Callable[[BadClip], None]
+    source: FeedSource, split: str, frames: int, limit: int, *, on_broken: Callable[[BadClip], None]
 ) -> list[HeldOutClip]:
-    """The clips of a split that are rolled out, each of context and horizon."""
-    data, frames = source.data, config.context + config.horizon
+    """Up to `limit` windows of `frames` frames of a split, without its quarantined clips (`held_out_clips`)."""
+    data, left_out = source.data, source.quarantine
     return held_out_clips(
-        source.manifest,
-        data.fs,
-        data.path,
-        split,
-        frames,
-        config.clips,
-        quarantine=source.quarantine,
-        on_broken=on_broken,
+        source.manifest, data.fs, data.path, split, frames, limit, quarantine=left_out, on_broken=on_broken
     )
 
 
@@ -74,16 +67,10 @@ def _read(
 ) -> tuple[list[HeldOutClip], list[HeldOutClip], list[HeldOutClip]]:
     """Clips to roll out and to probe, train clips to fit the probes on, and long clips."""
     frames = config.context + config.horizon
-    manifest, data = source.manifest, source.data
-
-    def read(split: str, frames: int, limit: int) -> list[HeldOutClip]:
-        return held_out_clips(
-            manifest, data.fs, data.path, split, frames, limit, quarantine=source.quarantine, on_broken=on_broken
-        )
-
-    longest = max(n for shard in manifest.split(split) for n in shard.clip_frames)
+    longest = max(n for shard in source.manifest.split(split) for n in shard.clip_frames)
+    long_frames = min(longest, config.context + config.long_horizon)
     return (
-        read(split, frames, max(config.clips, config.probe_clips)),
-        read("train", frames, config.probe_clips),
-        read(split, min(longest, config.context + config.long_horizon), config.long_clips),
+        clips_of(source, split, frames, max(config.clips, config.probe_clips), on_broken=on_broken),
+        clips_of(source, "train", frames, config.probe_clips, on_broken=on_broken),
+        clips_of(source, split, long_frames, config.long_clips, on_broken=on_broken),
     )

@@ -23,12 +23,12 @@ from flam_core.data.manifest import Manifest
 from flam_core.errors import EnvironmentFault, FlamError, SettingsError, TrainingFailed
 from flam_core.evaluation.perceptual import check_weights
 from flam_core.recipes import get_recipe
-from services.feed import CacheSettings, FeedPlan, FeedSource, StagePlan, flam_cause, make_dataset
+from services.feed import CacheSettings, FeedPlan, FeedSource, flam_cause, make_dataset
 from services.storage import Location, read_bytes, resolve, write_bytes
 from services.tracking import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
 from services.training import checkpoints
 from services.training.broken import merge_broken
-from services.training.data import check_frame_size, data_sha256, open_sources, parse_data, verify_sources
+from services.training.data import check_frame_size, data_sha256, open_sources, parse_data, stage_plans, verify_sources
 from services.training.finish import Finished, finish
 from services.training.settings import TrainSettings, settle
 from services.training.worker import FEED_TOTALS, TOKENIZER, WorkerJob, train_worker
@@ -96,10 +96,7 @@ def prepare(config: Config, settings: TrainSettings) -> Prepared:
     if settings.resume:
         config = _resumed_config(config, checkpoints.stored_config(storage / settings.resume), settings.resume)
     check_frame_size(sources, config)
-    stages = tuple(
-        StagePlan(stage.steps, stage.batch_clips, stage.clip_frames, stage.frame_skip, stage.window_stride)
-        for stage in (config.tokenizer_stage, config.flam_stage)
-    )
+    stages = stage_plans(config)
     plan = FeedPlan(
         sources, stages, config.seed, settings.workers, settings.decode, truth=config.model.latent == "true"
     )

@@ -40,7 +40,7 @@ def test_a_study_does_each_training_once_and_writes_its_table(tmp_path: Path) ->
     ]
     for row in found["rows"]:
         assert row["seeds"] == 1
-        assert {"mean", "se", "n"} == set(row["psnr@10"])
+        assert {"mean", "se", "low", "high", "n"} == set(row["psnr@10"])
         assert (row["dci"] is None) == (row["model"] == "monolithic-vq")
         cell = next(
             json.loads(text)
