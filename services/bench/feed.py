@@ -56,10 +56,10 @@ class FeedBenchSettings:
     batch: int = 32
     """Windows of a batch."""
     seconds: float = 6.0
-    """For which each way is measured."""
+    """For which each way is measured, and the plain loop as long, in turns."""
     rounds: int = 3
-    """Times that each way is measured, in turn. Ratios are medians over rounds: what a busy machine does to both sides
-    of one cancels out."""
+    """Times that each way is measured. Ratios are medians over rounds: what a busy machine does to both sides of one
+    cancels out."""
     warm_seconds: float = 5.0
     """Between the first batch and the measuring, for processes to start and read ahead."""
     step_ms: float = 50.0
@@ -75,6 +75,8 @@ class _Measured:
     """One way of reading: a number for each round."""
 
     frames_per_second: list[float] = field(default_factory=list)
+    loop: list[float] = field(default_factory=list)
+    """Frames a second of the plain loop, in turns with it."""
     first_batch_seconds: list[float] = field(default_factory=list)
 
 
@@ -82,12 +84,15 @@ _RESUMED = "feed_resumed"
 _RESUME_STEP = 10_007
 """In the middle of an epoch, a block and a chunk."""
 _CPU = torch.device("cpu")
+_TURNS = 3
+"""In which a way and the plain loop are measured: a busy machine gives now more and now less, for seconds at a time."""
 _SETTLE_SECONDS = 2.0
-"""For the processes of one way to end before the next begins."""
+"""For the processes and threads of the feed to end: one of Ray Data's that still waited for data when Ray is shut down
+would end this process."""
 _TASK_CPUS, _FEED_CPUS = 0.5, 1.0
 """Of a read task, and of the feed: as when Ray Train has left it one CPU."""
 
-Batches = Callable[[], Iterator[np.ndarray]]
+Batches = Callable[[], Generator[np.ndarray, None, None]]
 
 
 def bench_feed(settings: FeedBenchSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -108,14 +113,12 @@ def bench_feed(settings: FeedBenchSettings, say: Callable[[str], None] = print) 
             return _soak(settings, local, manifest, memory, say)
         ways = _ways(settings, local, manifest, folder, uri)
         found = {name: _Measured() for name in ways}
+        loop = plain_loop(local, manifest, settings.frames, settings.batch, settings.cores)
         for turn in range(settings.rounds):
             for name, batches in ways.items():
-                short = name == _RESUMED  # only its first batch is of interest
-                speed, first = _measure(batches(), 0 if short else settings.warm_seconds, settings.seconds)
-                time.sleep(_SETTLE_SECONDS)
-                found[name].frames_per_second.append(speed)
-                found[name].first_batch_seconds.append(first)
-                say(f"round {turn + 1}: {name}: first batch after {first:.1f} s, then {speed:.0f} frames/s")
+                told = _measure(settings, found[name], batches(), loop, first_only=name == _RESUMED)
+                say(f"round {turn + 1}: {name}: {told}")
+        loop.close()
         result = _result(settings, manifest, found, _steps(settings, local, manifest))
         result["spilled_bytes"] = spilled_bytes()
         result["peak_rss_bytes"] = dict(sorted(memory.peak.items()))
@@ -125,20 +128,26 @@ def bench_feed(settings: FeedBenchSettings, say: Callable[[str], None] = print) 
 def _result(
     settings: FeedBenchSettings, manifest: Manifest, found: dict[str, _Measured], step: dict[str, float]
 ) -> dict[str, Any]:
-    speeds = {name: one.frames_per_second for name, one in found.items() if name != _RESUMED}
     first = {name: one.first_batch_seconds for name, one in found.items()}
+    timed = {name: one for name, one in found.items() if name != _RESUMED}
+    speeds = {name: one.frames_per_second for name, one in timed.items()}
+    speeds["loop"] = [speed for one in timed.values() for speed in one.loop]
+    over_loop = {
+        name: [a / b for a, b in zip(one.frames_per_second, one.loop, strict=True)] for name, one in timed.items()
+    }
     return {
-        "feed_over_loop": _ratio(speeds, "feed_local", "loop"),
-        "feed_over_torch_dataloader": _ratio(speeds, "feed_local", "torch_dataloader"),
-        "feed_over_webdataset": _ratio(speeds, "feed_local", "webdataset"),
-        "s3_over_local": _ratio(speeds, "feed_s3", "feed_local"),
-        "cached_s3_over_local": _ratio(speeds, "feed_s3_cached", "feed_local"),
+        "feed_over_loop": statistics.median(over_loop["feed_local"]),
+        "feed_over_torch_dataloader": _ratio(over_loop, "feed_local", "torch_dataloader"),
+        "feed_over_webdataset": _ratio(over_loop, "feed_local", "webdataset"),
+        "s3_over_local": _ratio(over_loop, "feed_s3", "feed_local"),
+        "cached_s3_over_local": _ratio(over_loop, "feed_s3_cached", "feed_local"),
         "resume_over_start_first_batch": _ratio(first, _RESUMED, "feed_local"),
         "frames_per_second": {name: statistics.median(values) for name, values in speeds.items()},
         "feed_frames_per_second_per_core": statistics.median(speeds["feed_local"]) / settings.cores,
         "first_batch_seconds": {name: statistics.median(values) for name, values in first.items()},
         **step,
         "rounds": speeds,
+        "rounds_over_loop": over_loop,
         "cores": settings.cores,
         "data": {
             "name": manifest.name,
@@ -171,7 +180,6 @@ def _ways(
 ) -> dict[str, Batches]:
     shape = settings.frames, settings.batch, settings.cores
     ways: dict[str, Batches] = {
-        "loop": lambda: plain_loop(local, manifest, *shape),
         "feed_local": lambda: _feed(settings, local, manifest),
         "torch_dataloader": lambda: torch_dataloader(local, manifest, *shape),
         _RESUMED: lambda: _feed(settings, local, manifest, start=_RESUME_STEP),
@@ -218,6 +226,7 @@ def _feed(
     finally:
         prefetcher.close()
         assembler.close()
+        time.sleep(_SETTLE_SECONDS)
 
 
 def _plan(settings: FeedBenchSettings, data: Location, manifest: Manifest) -> FeedPlan:
@@ -225,17 +234,30 @@ def _plan(settings: FeedBenchSettings, data: Location, manifest: Manifest) -> Fe
     return FeedPlan((FeedSource(data, manifest),), stages, seed=0, world=1)
 
 
-def _measure(batches: Iterator[np.ndarray], warm_seconds: float, seconds: float) -> tuple[float, float]:
-    """Frames a second once warm, and seconds to the first batch."""
+def _measure(
+    settings: FeedBenchSettings,
+    found: _Measured,
+    batches: Generator[np.ndarray, None, None],
+    loop: Iterator[np.ndarray],
+    *,
+    first_only: bool,
+) -> str:
+    """Time the first batch and, once warm, the speed in turns with the plain loop; what came of it, in words."""
     started = time.perf_counter()
     next(batches)
-    first = time.perf_counter() - started
-    _frames_in(batches, warm_seconds)
-    speed = _frames_in(batches, seconds) / seconds
-    close = getattr(batches, "close", None)
-    if close is not None:
-        close()
-    return speed, first
+    found.first_batch_seconds.append(time.perf_counter() - started)
+    told = f"first batch after {found.first_batch_seconds[-1]:.1f} s"
+    if not first_only:
+        _frames_in(batches, settings.warm_seconds)
+        frames, of_loop = 0, 0
+        for _ in range(_TURNS):
+            frames += _frames_in(batches, settings.seconds / _TURNS)
+            of_loop += _frames_in(loop, settings.seconds / _TURNS)
+        found.frames_per_second.append(frames / settings.seconds)
+        found.loop.append(of_loop / settings.seconds)
+        told += f", then {frames / settings.seconds:.0f} frames/s, {frames / of_loop:.2f} of the plain loop"
+    batches.close()
+    return told
 
 
 def _frames_in(batches: Iterator[np.ndarray], seconds: float) -> int:

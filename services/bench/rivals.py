@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ def windows_of(data: Location, group: tuple[str, int], frames: int) -> Iterator[
             yield clip[start : start + frames]
 
 
-def plain_loop(data: Location, manifest: Manifest, frames: int, batch: int, cores: int) -> Iterator[np.ndarray]:
+def plain_loop(
+    data: Location, manifest: Manifest, frames: int, batch: int, cores: int
+) -> Generator[np.ndarray, None, None]:
     """The ceiling: threads that read one row group after the other, and batches of what comes. For ever."""
     groups = row_groups(manifest)
 
@@ -67,7 +69,9 @@ class _Windows(IterableDataset):
                     yield torch.from_numpy(window.copy())
 
 
-def torch_dataloader(data: Location, manifest: Manifest, frames: int, batch: int, cores: int) -> Iterator[np.ndarray]:
+def torch_dataloader(
+    data: Location, manifest: Manifest, frames: int, batch: int, cores: int
+) -> Generator[np.ndarray, None, None]:
     """PyTorch's DataLoader with as many worker processes as cores, each with its share of the row groups. For ever."""
     loader = DataLoader(_Windows(data, manifest, frames), batch_size=batch, num_workers=cores, prefetch_factor=4)
     for frames_u8 in loader:
@@ -96,7 +100,7 @@ def write_tars(data: Location, manifest: Manifest, folder: Path) -> list[str]:
     return paths
 
 
-def webdataset_loader(paths: list[str], frames: int, batch: int, cores: int) -> Iterator[np.ndarray]:
+def webdataset_loader(paths: list[str], frames: int, batch: int, cores: int) -> Generator[np.ndarray, None, None]:
     """WebDataset over tars of the same clips, with as many worker processes as cores. For ever."""
     webdataset: Any = importlib.import_module("webdataset")  # optional
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import math
 import queue
 import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +24,8 @@ from services.feed.meters import FeedMeters
 
 _DEPTH, _DEPTH_BYTES = 4, 256 << 20
 """Batches that lie ready at most: so many, unless they are larger than that."""
+_WORTH_KEEPING = 1 << 20
+"""Bytes from which on an array's memory is used again."""
 _JOIN_SECONDS = 10.0
 _SWITCH_SECONDS = 0.0005
 
@@ -31,18 +38,43 @@ def stack_for(device: torch.device) -> Stack:
 
     For a GPU into page-locked memory: only from such can the copy run beside computation.
     """
+    memory = _Memory()
 
     def stack(arrays: list[np.ndarray]) -> np.ndarray:
         shape = len(arrays), *arrays[0].shape
         tensors = [torch.from_numpy(array) for array in arrays]
         if device.type == "cuda":
-            out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)
+            out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)  # PyTorch uses such memory again itself
         else:
-            out = torch.from_numpy(np.empty(shape, arrays[0].dtype))  # in huge pages, which PyTorch does not ask for
+            out = torch.from_numpy(memory.array(shape, arrays[0].dtype))
         torch.stack(tensors, out=out)
         return out.numpy()
 
     return stack
+
+
+class _Memory:
+    """Arrays in memory that is used again once nothing looks at it: fresh pages cost a tenth of a batch's time."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._free: list[np.ndarray] = []
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of what values there are."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < _WORTH_KEEPING:
+            return np.empty(shape, dtype)
+        if size != self._size:  # another stage: batches keep their size for long
+            self._size, self._free = size, []
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(size, np.uint8)
+        # Whatever is made of the array refers to this owner, however far removed: NumPy skips views, but not this.
+        owner: Any = (ctypes.c_uint8 * size).from_buffer(memory)  # pyright: ignore[reportArgumentType] - it is a buffer
+        weakref.finalize(owner, self._free.append, memory).atexit = False
+        return np.frombuffer(owner, dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -78,6 +110,10 @@ class DevicePrefetcher:
         # Decoders hold Python's lock for moments only, but each time that they want it they wait for as long as this
         # for a thread that computes; the default of 5 ms costs them a sixth of their speed.
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
+        # What is here before the first batch stays: modules, the model. A full collection that looks at all of it stops
+        # every thread for 0.3 s (docs/devlog.md).
+        gc.collect()
+        gc.freeze()
         self._thread.start()
         try:
             due = self._next()
@@ -96,6 +132,7 @@ class DevicePrefetcher:
             if self._failure is not None:
                 raise self._failure
         finally:
+            gc.unfreeze()
             self.close()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from flam_core.errors import FlamError, TrainingFailed, unpack
 from services.feed.assemble import Assembler, StepBatch
 from services.feed.plan import FeedPlan
 from services.feed.read import Chunk, read_or_say
-from services.feed.throttle import Throttle
+from services.feed.throttle import throttle
 from services.storage.cache import shared_cache
 
 
@@ -31,8 +31,7 @@ def make_dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    if Throttle not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Throttle]
+    throttle(context)
     plan.mixtures()  # data that do not suffice are reported here, not from a task
     # One row is one block, which is one task. Ray puts every input block into its store before it begins, and 20,000 of
     # them are a minute: so there are few, which a step that needs hardly any CPU takes apart as the tasks want them.
