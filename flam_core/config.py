@@ -21,10 +21,18 @@ class TokenizerConfig:
     """Pixels are first folded into channels in blocks of this side: 2 quarters the cost of the first convolutions."""
     channels: tuple[int, ...] = (64, 128, 256, 256)
     """Width of each IMPALA stage. A stage halves the frame, so the stride is unshuffle * 2 ** len(channels)."""
+    encoder: Literal["impala", "patches"] = "impala"
+    """What a patch's feature tells of. "impala": of what lies around it, too, since convolutions and pooling overlap
+    (the paper). "patches": of the patch alone, so that a thing that moves changes the features of the patches it leaves
+    and enters and of no others, and the dynamics have so much less to predict (docs/devlog.md)."""
     feature_dim: int = 128
     """Channels of a patch feature z."""
     fsq_levels: tuple[int, ...] = (4, 4, 4, 4, 4)
     """Levels of each quantised dimension; their product is the number of codes."""
+    commitment: float = 0.0
+    """Weight of the mean squared distance of what is quantised from its levels. A patch that lies on the border of two
+    levels becomes another by the slightest error, and a rollout loses it; from the middle of a level, errors are undone
+    by quantising (evaluation.rollout frames)."""
     whitening: float | None = None
     """Bring all directions of feature space to like variance, with this share of the mean variance as a floor. Without
     it (None, the paper's form) the brightest entity dominates loss and attention, and the others do not bind."""
@@ -40,6 +48,8 @@ class TokenizerConfig:
                 f"tokenizer.frame_size {self.frame_size} is not a multiple of the stride {self.stride}",
                 fix="Choose another frame size, or fewer tokenizer.channels (each halves the frame).",
             )
+        if self.commitment < 0:
+            raise SettingsError(f"tokenizer.commitment = {self.commitment}", fix="It must not be negative.")
         if self.whitening is not None and self.whitening <= 0:
             raise SettingsError(f"tokenizer.whitening = {self.whitening}", fix="Use a share above 0, such as 0.01.")
         if not self.fsq_levels or min(self.fsq_levels) < 2:

@@ -17,7 +17,15 @@ def tiny() -> Config:
     """
     return Config(
         recipe="tiny",
-        tokenizer=TokenizerConfig(frame_size=48, unshuffle=4, channels=(64,), feature_dim=32, whitening=1.0),
+        tokenizer=TokenizerConfig(
+            frame_size=48,
+            unshuffle=4,
+            channels=(64,),
+            encoder="patches",
+            feature_dim=32,
+            commitment=0.01,
+            whitening=1.0,
+        ),
         model=ModelConfig(
             factors=5,
             width=64,

@@ -9,10 +9,19 @@ from flam_core.config import LossConfig
 from flam_core.learning.meters import latent_meters
 
 
-def tokenizer_loss(reconstruction: Tensor, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of frames [N, 3, H, W] in [0, 1], and its meters (flam-spec: stage 1)."""
+def tokenizer_loss(
+    reconstruction: Tensor, frames: Tensor, distance: Tensor, commitment: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of frames [N, 3, H, W] in [0, 1], and its meters (flam-spec: stage 1).
+
+    Plus `commitment` times the mean squared distance from the quantiser's levels.
+    """
     mse = (reconstruction.float() - frames).pow(2).mean()
-    return mse, {"tokenizer/mse": mse.detach(), "tokenizer/psnr": -10 * mse.detach().clamp_min(1e-10).log10()}
+    return mse + commitment * distance, {
+        "tokenizer/mse": mse.detach(),
+        "tokenizer/psnr": -10 * mse.detach().clamp_min(1e-10).log10(),
+        "tokenizer/code_distance": distance.detach(),
+    }
 
 
 def beta_at(config: LossConfig, progress: float) -> float:

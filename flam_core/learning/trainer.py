@@ -131,7 +131,8 @@ class Trainer:
                 frames = rearrange(frames_u8, "b t h w c -> (b t) c h w").float().div(255)
                 with torch.no_grad():  # four frames tell whether patches get codes of their own
                     codes = self.model.tokenizer.codes(self.model.encode(frames_u8[:4, :1]))
-                loss, meters = tokenizer_loss(self._module(frames), frames)
+                reconstruction, distance = self._module(frames)
+                loss, meters = tokenizer_loss(reconstruction, frames, distance, self.config.tokenizer.commitment)
                 return loss, meters | tokenizer_meters(frames, codes)
             with torch.no_grad():
                 z = self.model.encode(frames_u8).float()

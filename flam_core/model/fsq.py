@@ -33,6 +33,11 @@ class FSQ(nn.Module):
         rounded = bounded + (bounded.round() - bounded).detach()
         return rounded / (self.levels // 2)
 
+    def distance(self, x: Tensor) -> Tensor:
+        """Squared distance [..., L] of the bounded x [..., L] from the level that it is rounded to: at most 1/4."""
+        bounded = self.bound(x.float())
+        return (bounded - bounded.detach().round()).pow(2)
+
     def indices(self, x: Tensor) -> Tensor:
         """Code numbers int64 [...] of x [..., L]."""
         digits = self.bound(x.float()).round().long() + self.levels // 2

@@ -12,12 +12,12 @@ from flam_core.model.fsq import FSQ
 
 
 class ResidualBlock(nn.Module):
-    """IMPALA's residual block (Espeholt et al. 2018)."""
+    """IMPALA's residual block (Espeholt et al. 2018), whose convolutions have side 3."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, side: int = 3) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = nn.Conv2d(channels, channels, side, padding=side // 2)
+        self.second = nn.Conv2d(channels, channels, side, padding=side // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(F.relu(x))))
@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
 
 class Encoder(nn.Module):
     """Frames [N, 3, H, W] to features [N, C, H / stride, W / stride]: IMPALA stages of convolution, pooling and two
-    residual blocks.
+    residual blocks. With `config.encoder` "patches" no convolution reaches over a patch's border.
 
     The features of a patch are normalised. Without that they grow until the bounds of FSQ saturate, every patch gets
     the same code and the gradient is gone (one seed in two at learning rates from 2e-3 on, docs/devlog.md).
@@ -35,13 +35,14 @@ class Encoder(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.PixelUnshuffle(config.unshuffle)]
         width = 3 * config.unshuffle**2
+        apart = config.encoder == "patches"
+        side = 1 if apart else 3
         for channels in config.channels:
-            layers += [
-                nn.Conv2d(width, channels, 3, padding=1),
-                nn.MaxPool2d(3, stride=2, padding=1),
-                ResidualBlock(channels),
-                ResidualBlock(channels),
-            ]
+            if apart:
+                layers += [nn.Conv2d(width, channels, 2, stride=2)]
+            else:
+                layers += [nn.Conv2d(width, channels, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+            layers += [ResidualBlock(channels, side), ResidualBlock(channels, side)]
             width = channels
         layers += [nn.ReLU(), nn.Conv2d(width, config.feature_dim, 1)]
         self.layers = nn.Sequential(*layers)
@@ -99,9 +100,12 @@ class Tokenizer(nn.Module):
     whiten: Tensor
     unwhiten: Tensor
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Reconstruction [N, 3, H, W] in [0, 1] of frames [N, 3, H, W] in [0, 1]: what stage 1 trains."""
-        return self._from_features(self.encoder(frames * 2 - 1))
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """What stage 1 trains: the reconstruction [N, 3, H, W] in [0, 1] of frames [N, 3, H, W] in [0, 1], and the mean
+        squared distance of what is quantised from its levels.
+        """
+        features = self.encoder(frames * 2 - 1)
+        return self._from_features(features), self.fsq.distance(self._to_quantise(features)).mean()
 
     def encode(self, frames_u8: Tensor) -> Tensor:
         """Standardised features z float [..., P, C] of uint8 frames [..., H, W, 3]."""
@@ -124,8 +128,12 @@ class Tokenizer(nn.Module):
         return self.fsq.indices(F.linear(self._raw(z), self.to_codes.weight.flatten(1), self.to_codes.bias))
 
     def _from_features(self, features: Tensor) -> Tensor:
-        codes = self.fsq(rearrange(self.to_codes(features), "n l h w -> n h w l"))
+        codes = self.fsq(self._to_quantise(features))
         return self.decoder(rearrange(codes, "n h w l -> n l h w").to(features.dtype))
+
+    def _to_quantise(self, features: Tensor) -> Tensor:
+        """[N, h, w, L] of the encoder's own features [N, C, h, w]."""
+        return rearrange(self.to_codes(features), "n l h w -> n h w l")
 
     @torch.no_grad()
     def moments(self, frames_u8: Tensor) -> Tensor:

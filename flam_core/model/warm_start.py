@@ -6,18 +6,24 @@ or never (docs/devlog.md). Things that move are what latent actions are about, a
 
 from __future__ import annotations
 
+import warnings
+
 import torch
-import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+_SAME = 0.1
+"""Typical features are one kind if they differ by less than this share of a patch's root mean square length."""
 
 
 def moving_prototypes(z_btpc: Tensor, count: int, seed: int) -> Tensor:
     """`count` typical features [count, C] of moving patches among standardised features [B, T, P, C].
 
-    k-means by direction over the patches that have mostly changed since the frame before (a thing came there; that
-    something moved next to a wall does not make the wall a thing) and that stand out from the average patch (what a
-    thing left behind is background). By direction, so that bright things do not outvote dim ones.
+    k-means over the patches that have mostly changed since the frame before (a thing came there; that something moved
+    next to a wall does not make the wall a thing) and that stand out from the average patch (what a thing left behind
+    is background). Not by direction: things that differ in brightness alone would share a start (docs/devlog.md).
+    Where fewer than `count` things move, the rest are the patches of the sample that are least like those found.
     """
     patches = z_btpc[:, 1:].flatten(0, 2).double()
     energy = patches.pow(2).sum(dim=-1)
@@ -25,7 +31,19 @@ def moving_prototypes(z_btpc: Tensor, count: int, seed: int) -> Tensor:
     arrived = patches[(changed > 0.5 * energy) & (energy > energy.mean())]
     if len(arrived) < count:  # hardly anything moves in this sample: then anything may be a start
         arrived = patches
-    directions = F.normalize(arrived, dim=-1).cpu().numpy()
     means = KMeans(count, n_init=16, random_state=seed)  # pyright: ignore[reportArgumentType] - the stub wants "auto"
-    labels = torch.from_numpy(means.fit_predict(directions)).to(arrived.device)
-    return torch.stack([arrived[labels == i].mean(dim=0) for i in range(count)]).to(z_btpc.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer kinds than clusters, which is seen to below
+        labels = torch.from_numpy(means.fit_predict(arrived.cpu().numpy())).to(arrived.device)
+    sizes = torch.bincount(labels, minlength=count)
+    same = _SAME * energy.mean().sqrt()
+    found: list[Tensor] = []
+    for i in sizes.argsort(descending=True, stable=True).tolist():
+        centre = arrived[labels == i].mean(dim=0)
+        if sizes[i] and all((centre - other).norm() > same for other in found):
+            found.append(centre)
+    distance = torch.stack([(patches - other).norm(dim=-1) for other in found]).amin(dim=0)
+    while len(found) < count:
+        found.append(patches[distance.argmax()])
+        distance = distance.minimum((patches - found[-1]).norm(dim=-1))
+    return torch.stack(found).to(z_btpc.dtype)

@@ -1,8 +1,7 @@
-"""The model's parts: quantisation, features, attention, latent actions and rollouts."""
+"""The model's parts: attention, slots, latent actions and rollouts."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from flam_core.config import ModelConfig, TokenizerConfig
-from flam_core.model import Dynamics, Flam, Tokenizer
+from flam_core.model import Dynamics, Flam
 from flam_core.model.attention import Attention, PositionCode, RelativeTime
 from flam_core.model.factorizer import Factorizer
-from flam_core.model.fsq import FSQ
 from flam_core.model.latent_action import GaussianLatent, VQLatent
 
 TOKENIZER = TokenizerConfig(frame_size=24, unshuffle=4, channels=(8,), feature_dim=6)
@@ -44,142 +42,6 @@ def pictures(*shape: int, size: int = 24) -> Tensor:
 
 def features(*shape: int) -> Tensor:
     return torch.randn(*shape, TOKENIZER.patches, TOKENIZER.feature_dim, dtype=torch.float64)
-
-
-levels = st.lists(st.integers(2, 9), min_size=1, max_size=4).map(tuple)
-
-
-# Quantisation
-
-
-def every_code(fsq: FSQ) -> Tensor:
-    """Inputs [codes, L] of all codes: each level's digit through the inverse of `bound`."""
-    digits = torch.cartesian_prod(*(torch.arange(n) - n // 2 for n in fsq.levels.tolist()))
-    digits = digits.reshape(-1, len(fsq.levels)).double()
-    half = (fsq.levels - 1) * (1 + 1e-3) / 2
-    offset = torch.where(fsq.levels % 2 == 0, 0.5, 0.0)
-    return ((digits + offset) / half).atanh() - (offset / half).atanh()
-
-
-@given(levels)
-def test_fsq_reaches_every_code_number_once(sizes: tuple[int, ...]) -> None:
-    fsq = FSQ(sizes)
-    found = fsq.indices(every_code(fsq))
-    assert sorted(found.tolist()) == list(range(math.prod(sizes)))
-    assert len(fsq(every_code(fsq)).unique(dim=0)) == math.prod(sizes)
-
-
-@given(levels, st.floats(0.1, 1e6))
-def test_fsq_stays_in_bounds_whatever_comes(sizes: tuple[int, ...], scale: float) -> None:
-    fsq, x = FSQ(sizes), torch.randn(500, len(sizes)) * scale
-    quantised, numbers = fsq(x), fsq.indices(x)
-    assert quantised.abs().max() <= 1
-    assert 0 <= numbers.min() <= numbers.max() < math.prod(sizes)
-    for dimension, size in enumerate(sizes):
-        assert len(quantised[:, dimension].unique()) <= size
-
-
-@given(levels)
-def test_fsq_numbers_and_vectors_tell_the_same_codes_apart(sizes: tuple[int, ...]) -> None:
-    fsq, x = FSQ(sizes), torch.randn(200, len(sizes)) * 2
-    pairs = torch.cat([fsq.indices(x)[:, None].float(), fsq(x)], dim=-1).unique(dim=0)
-    assert len(pairs) == len(fsq.indices(x).unique()) == len(fsq(x).unique(dim=0))
-
-
-def test_quantising_what_was_quantised_changes_nothing() -> None:
-    fsq = FSQ((4, 5, 2, 8))
-    x = torch.randn(300, 4, dtype=torch.float64) * 2
-    preimages = every_code(fsq)
-    of_number = preimages[fsq.indices(preimages).argsort()]
-    assert torch.equal(fsq(of_number[fsq.indices(x)]), fsq(x))
-
-
-def test_rounding_passes_the_gradient_of_the_bound_straight_through() -> None:
-    fsq = FSQ((4, 5, 2, 8))
-    x = torch.randn(50, 4, requires_grad=True)
-    (through_rounding,) = torch.autograd.grad(fsq(x).sum(), x)
-    (without,) = torch.autograd.grad((fsq.bound(x) / (fsq.levels // 2)).sum(), x)
-    assert torch.allclose(through_rounding, without)
-    assert (through_rounding > 0).all()
-
-
-# The tokenizer
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        TOKENIZER,
-        TokenizerConfig(frame_size=16, unshuffle=1, channels=(4, 6), feature_dim=5, fsq_levels=(3, 4)),
-        TokenizerConfig(frame_size=24, unshuffle=2, channels=(4, 4), feature_dim=3, fsq_levels=(2,)),
-    ],
-)
-def test_tokenizer_shapes_follow_the_config(config: TokenizerConfig) -> None:
-    tokenizer = Tokenizer(config)
-    frames = pictures(2, 3, size=config.frame_size)
-    z = tokenizer.encode(frames)
-    assert z.shape == (2, 3, config.patches, config.feature_dim)
-    assert tokenizer.decode(z).shape == frames.shape
-    assert tokenizer.codes(z).shape == (2, 3, config.patches)
-    assert tokenizer.codes(z).max() < config.codes
-    flat = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
-    assert tokenizer(flat).shape == flat.shape
-
-
-@pytest.mark.parametrize("whitening", [None, 0.01])
-def test_encode_then_decode_is_what_stage_1_trains(whitening: float | None) -> None:
-    tokenizer = model(replace(TOKENIZER, whitening=whitening)).tokenizer
-    frames = pictures(4)
-    trained = tokenizer(frames.permute(0, 3, 1, 2).double() / 255).permute(0, 2, 3, 1)
-    assert torch.allclose(tokenizer.decode(tokenizer.encode(frames)), trained, atol=1e-6)
-
-
-def test_a_patch_does_not_depend_on_the_other_frames() -> None:
-    tokenizer, frames = model().tokenizer, pictures(2, 3)
-    assert torch.allclose(tokenizer.encode(frames)[1, 2], tokenizer.encode(frames[1, 2]), atol=1e-12)
-
-
-def test_moments_of_parts_add_up() -> None:
-    tokenizer, frames = Tokenizer(TOKENIZER), pictures(10)
-    parts = tokenizer.moments(frames[:3]) + tokenizer.moments(frames[3:])
-    assert torch.allclose(parts, tokenizer.moments(frames), rtol=1e-6)
-
-
-@pytest.mark.parametrize("whitening", [None, 0.01])
-def test_standardised_features_have_mean_0_and_on_average_variance_1(whitening: float | None) -> None:
-    tokenizer = Tokenizer(replace(TOKENIZER, whitening=whitening)).double()
-    frames = pictures(20)
-    for _ in range(2):  # moments are those of the raw features, so it does not matter what was set before
-        tokenizer.standardise(tokenizer.moments(frames))
-        z = tokenizer.encode(frames).flatten(0, -2)
-        assert torch.allclose(z.mean(dim=0), torch.zeros(6, dtype=torch.float64), atol=1e-6)
-        assert z.var(dim=0, correction=0).mean().item() == pytest.approx(1, abs=1e-4)
-
-
-def test_without_whitening_channels_keep_their_relative_scale_and_with_it_they_come_closer() -> None:
-    frames, spreads = pictures(20), []
-    for whitening in (None, 0.1, 1e-6):
-        torch.manual_seed(0)
-        tokenizer = Tokenizer(replace(TOKENIZER, whitening=whitening)).double()
-        raw = tokenizer.encode(frames).flatten(0, -2)
-        tokenizer.standardise(tokenizer.moments(frames))
-        z = tokenizer.encode(frames).flatten(0, -2)
-        if whitening is None:
-            assert torch.allclose(z.std(dim=0) / raw.std(dim=0), (z.std(dim=0) / raw.std(dim=0)).mean())
-        variances = torch.linalg.eigvalsh(z.T.cov())[1:]  # normalised features sum to 0: one direction says nothing
-        spreads.append((variances.max() / variances.min()).item())
-    assert spreads[0] > spreads[1] > spreads[2] >= 1
-
-
-def test_decoded_frames_are_clamped_to_0_and_1() -> None:
-    flam = model()
-    with torch.no_grad():
-        for weight in flam.tokenizer.decoder.parameters():
-            weight *= 10
-    z = flam.encode(pictures(1, 2))
-    raw, shown = flam.tokenizer.decode(z), flam.decode(z)
-    assert raw.min() < 0 < 1 < raw.max()
-    assert torch.equal(shown, raw.clamp(0, 1))
 
 
 # Attention
