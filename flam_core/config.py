@@ -139,6 +139,9 @@ class ModelConfig:
     codebook_revival: float = 0.0
     """A code whose running share of all transitions is below this share of an even split moves to a transition of the
     batch; 0 leaves dead codes dead."""
+    codebook_centring: bool = False
+    """Count what is quantised from its running mean, slot by slot. Without, every slot may keep to one code, which says
+    which slot it is, and then nothing is learnt of what it does."""
     prior_components: int = 8
     """Of the learned prior over a slot's next latent action given the slots so far: a mixture of so many Gaussians. A
     discrete latent has one number a code instead."""

@@ -223,7 +223,7 @@ class Flam(nn.Module):
         return torch.cat(drawn, dim=1), taken
 
     def pruned(self, keep: list[int]) -> Flam:
-        """This model with some of its slots only, in that order: all weights but their starts are shared by slots.
+        """This model with some of its slots only, in that order: slots share all weights but their starts.
 
         Raises SettingsError for a model without slots.
         """
@@ -234,6 +234,8 @@ class Flam(nn.Module):
         like = next(self.parameters())
         model = Flam(self.tokenizer.config, smaller).to(like.device, like.dtype)
         weights = self.state_dict()
-        weights["dynamics.factorizer.initial"] = weights["dynamics.factorizer.initial"][keep]
+        for name in ("factorizer.initial", "inverse.latent.centre"):
+            if f"dynamics.{name}" in weights:
+                weights[f"dynamics.{name}"] = weights[f"dynamics.{name}"][keep]
         model.load_state_dict(weights)
         return model.train(self.training)

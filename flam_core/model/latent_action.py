@@ -58,7 +58,9 @@ class GaussianLatent(nn.Module):
 class VQLatent(nn.Module):
     """One codebook for all slots (van den Oord et al. 2017), with straight-through gradients.
 
-    Codes and what is quantised lie on the unit sphere, where the direction of a running sum is the mean to follow.
+    Codes and what is quantised lie on the unit sphere, where the direction of a running sum is the mean to follow. With
+    `config.codebook_centring` what is quantised is first counted from its running mean, slot by slot: what a slot's
+    transitions have in common then takes no code (Lancucki et al. 2020 normalise for the same reason).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -70,8 +72,18 @@ class VQLatent(nn.Module):
         self.codebook.weight.requires_grad_(self.decay is None)
         self.register_buffer("usage", torch.full((config.codebook,), 1 / config.codebook))
         self.register_buffer("sums", F.normalize(self.codebook.weight.detach(), dim=-1) / config.codebook)
+        if config.codebook_centring:
+            self.register_buffer("centre", torch.zeros(config.factors, config.action_dim))
+            self.register_buffer("centre_weight", torch.zeros(()))
+        else:
+            self.centre = None
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self._heads: list[Tensor] = []
 
+    centre: Tensor | None
+    """Running mean [K, A] of the head's output, slot by slot."""
+    centre_weight: Tensor
+    """Of all that the mean rests on; it comes to 1 as steps pass."""
     sums: Tensor
     """Running mean of a transition's place at its code's row, zero at the others."""
     usage: Tensor
@@ -79,7 +91,8 @@ class VQLatent(nn.Module):
 
     def forward(self, h: Tensor) -> LatentActions:
         """From the inverse dynamics' output [B, T - 1, K, D]."""
-        x = F.normalize(self.head(h).float(), dim=-1)
+        y = self.head(h).float()
+        x = F.normalize(y if self.centre is None else y - self.centre, dim=-1)
         book = self._book()
         codes = (x @ book.T).argmax(dim=-1)  # on the unit sphere the nearest code has the largest dot product
         quantised = book[codes]
@@ -88,6 +101,7 @@ class VQLatent(nn.Module):
             penalty = penalty + (quantised - x.detach()).pow(2).sum(dim=-1)
         if self.training:
             self._seen.append((x.detach().flatten(0, -2), codes.flatten()))
+            self._heads.append(y.detach().flatten(0, -3))
         return LatentActions(x + (quantised - x).detach(), quantised.detach(), penalty, codes)
 
     @torch.no_grad()
@@ -100,6 +114,7 @@ class VQLatent(nn.Module):
             return
         x, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
+        self._follow_centre()
         weight, count = self.codebook.weight, self.codebook.num_embeddings
         sums = torch.zeros_like(weight, dtype=torch.float32).index_add_(0, codes, x)
         shares = torch.bincount(codes, minlength=count).to(sums.dtype)
@@ -117,6 +132,19 @@ class VQLatent(nn.Module):
         weight[dead] = fresh[dead].to(weight.dtype)
         self.sums[dead] = fresh[dead] / count
         self.usage[dead] = 1 / count
+
+    def _follow_centre(self) -> None:
+        heads = torch.cat(self._heads)  # [transitions, K, A]
+        self._heads.clear()
+        if self.centre is None:
+            return
+        total, count = heads.sum(dim=0), heads.new_tensor(len(heads))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+            dist.all_reduce(count)
+        decay = _USAGE_DECAY if self.decay is None else self.decay
+        self.centre_weight.mul_(decay).add_(1 - decay)
+        self.centre.lerp_(total / count, ((1 - decay) / self.centre_weight).item())
 
     def prior(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Uniformly drawn codes [*shape, A]."""

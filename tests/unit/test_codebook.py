@@ -84,8 +84,39 @@ def test_without_a_revival_share_dead_codes_stay_dead() -> None:
     assert len(latent(torch.randn(1, 50, 1, 3).abs()).codes.unique()) == 1
 
 
+@pytest.mark.parametrize("centring", [False, True])
+def test_centring_spends_no_code_on_which_slot_it_is(centring: bool) -> None:
+    """Two slots far apart, each with two kinds of transitions that differ little."""
+    latent = VQLatent(replace(MODEL, codebook_decay=0.9, codebook_revival=0.1, codebook_centring=centring))
+    latent.head = torch.nn.Identity()  # type: ignore[assignment]
+    kind = torch.arange(200) % 2
+    slots = torch.tensor([[5.0, 0, 0], [-5.0, 0, 0]])
+    codes = torch.zeros(())
+    for _ in range(300):
+        y = slots + 0.5 * (2 * kind - 1)[:, None, None] * torch.tensor([0.0, 1, 0]) + 0.01 * torch.randn(200, 2, 3)
+        codes = latent(y[None]).codes[0]
+        latent.after_step()
+    told = [set(codes[kind == k, slot].tolist()) for slot in range(2) for k in range(2)]
+    if centring:
+        assert told[0].isdisjoint(told[1])
+        assert told[2].isdisjoint(told[3])
+        assert told[0] == told[2]  # the same kind has the same codes in both slots
+        assert torch.allclose(latent.state_dict()["centre"], slots, atol=0.1)
+    else:
+        assert told[0].isdisjoint(told[2])
+
+
+def test_centring_counts_from_the_mean_of_the_first_batch_at_once() -> None:
+    latent = VQLatent(replace(MODEL, codebook_centring=True))
+    latent.head = torch.nn.Identity()  # type: ignore[assignment]
+    y = torch.randn(1, 40, 2, 3)
+    latent(y)
+    latent.after_step()
+    assert torch.allclose(latent.state_dict()["centre"], y[0].mean(dim=0), atol=1e-6)
+
+
 def test_evaluation_leaves_the_codebook_alone() -> None:
-    latent = VQLatent(replace(MODEL, codebook_revival=0.5)).eval()
+    latent = VQLatent(replace(MODEL, codebook_revival=0.5, codebook_centring=True)).eval()
     before = {name: value.clone() for name, value in latent.state_dict().items() if "head" not in name}
     latent(torch.randn(2, 5, 2, 8))
     latent.after_step()
@@ -95,7 +126,7 @@ def test_evaluation_leaves_the_codebook_alone() -> None:
 
 @pytest.mark.parametrize("at", [4, 6])
 def test_a_restored_run_with_moving_codes_continues_bit_for_bit(at: int) -> None:
-    model = replace(CONFIG.model, latent="vq", codebook_decay=0.9, codebook_revival=0.9)
+    model = replace(CONFIG.model, latent="vq", codebook_decay=0.9, codebook_revival=0.9, codebook_centring=True)
     settings = replace(CONFIG, model=model)
     unbroken = started(settings, until=at)
     saved = unbroken.state()

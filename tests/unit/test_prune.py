@@ -67,3 +67,19 @@ def test_one_slot_is_left_at_least() -> None:
 def test_a_model_without_slots_is_refused() -> None:
     with pytest.raises(SettingsError, match="without slots"):
         prune(cast(Flam, PatchPuppets()), puppet_clips(4), CONFIG, seed=0)
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "vq"])
+def test_a_slot_that_stays_is_what_it_was(latent: str) -> None:
+    """Alone in the scene's mixing, for other slots have a say in it: only what belongs to a slot itself is compared."""
+    model = small_flam(latent=latent, codebook_centring=latent == "vq").eval()
+    if latent == "vq":
+        model.state_dict()["dynamics.inverse.latent.centre"].copy_(torch.randn(3, 8))
+    smaller = model.pruned([2, 0])
+    before, after = model.state_dict(), smaller.state_dict()
+    assert torch.equal(after["dynamics.factorizer.initial"], before["dynamics.factorizer.initial"][[2, 0]])
+    if latent == "vq":
+        centre = "dynamics.inverse.latent.centre"
+        assert torch.equal(after[centre], before[centre][[2, 0]])
+    own = ("factorizer.initial", "latent.centre")
+    assert all(torch.equal(value, before[name]) for name, value in after.items() if not name.endswith(own))
