@@ -254,6 +254,9 @@ class LossConfig:
     """Weight of the KL, summed over slots and latent dimensions."""
     beta_warmup: tuple[float, float] = (0.0, 0.0)
     """Shares of the steps at which beta starts to rise from zero and at which it is reached."""
+    codebook_warmup: float = 0.0
+    """Share of the steps for which discrete latent actions are not quantised yet. Codes then start as clusters of what
+    the dynamics have learnt to listen to; from random codes they may never begin to (docs/devlog.md)."""
     free_bits: float = 0.0
     """Nats of a slot's KL, on average over the batch, that cost nothing."""
     bridge: float = 0.0
@@ -271,6 +274,8 @@ class LossConfig:
         start, end = self.beta_warmup
         if not 0 <= start <= end <= 1:
             raise SettingsError(f"loss.beta_warmup = {self.beta_warmup}", fix="Give 0 <= start <= end <= 1.")
+        if not 0 <= self.codebook_warmup < 1:
+            raise SettingsError(f"loss.codebook_warmup = {self.codebook_warmup}", fix="It is a share: 0 to below 1.")
         if (
             min(self.beta, self.free_bits, self.bridge, self.slot_prediction, self.rollout_steps, self.rollout_weight)
             < 0

@@ -68,6 +68,19 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     raise SettingsError(f"{where} = {value!r} is not a valid {kind}", fix="Was the file edited by hand?")
 
 
+def given_values(value: Any) -> dict[str, Any]:
+    """The values of a config that are not defaults, as plain JSON: the same if fields are added later."""
+    found: dict[str, Any] = {}
+    plain = to_dict(value)
+    for f in dataclasses.fields(value):
+        current = getattr(value, f.name)
+        if dataclasses.is_dataclass(current):
+            found[f.name] = given_values(current)
+        elif f.default is dataclasses.MISSING or current != f.default:
+            found[f.name] = plain[f.name]
+    return found
+
+
 def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Dotted names of the fields in which two configs of one type differ, with both values."""
     found = []

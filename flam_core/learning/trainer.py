@@ -96,6 +96,10 @@ class Trainer:
             hold = index == 1 and local < self.config.slot_hold * stage.steps
             group["lr"] = 0.0 if hold else rate
         self.model.train()
+        latent = self.model.dynamics.latent if self.stage == 1 else None
+        waits = self.config.loss.codebook_warmup * stage.steps  # of a codebook, for the dynamics
+        if isinstance(latent, VQLatent):
+            latent.quantising = local >= waits
         loss, meters = self._loss(frames_u8, local / stage.steps, true_actions)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -108,7 +112,9 @@ class Trainer:
                 fix="Lower the learning_rate or the clip_norm of the stage.",
             )
         self._optimizer.step()
-        if self.stage == 1 and isinstance(latent := self.model.dynamics.latent, VQLatent):
+        if isinstance(latent, VQLatent):
+            if local < waits <= local + 1:
+                latent.start_codes(self._of_all_ranks(latent.seen()), self.config.seed)
             latent.after_step()
         self.step += 1
         name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
@@ -172,17 +178,18 @@ class Trainer:
         All ranks see the whole batch, so the outcome is the same on each, whatever their number.
         """
         tokenizer = self.model.tokenizer
-        distributed = dist.is_available() and dist.is_initialized()
         moments = tokenizer.moments(frames_u8)
-        if distributed:
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
         tokenizer.standardise(moments)
         if isinstance(self.model.dynamics, Dynamics) and self.config.model.slot_start == "motion":
-            z = self.model.encode(frames_u8).contiguous()
-            if distributed:
-                z = _gathered(z)
+            z = self._of_all_ranks(self.model.encode(frames_u8).contiguous())
             prototypes = moving_prototypes(z, self.config.model.factors, self.config.seed)
             self.model.dynamics.factorizer.start_from(prototypes)
+
+    @staticmethod
+    def _of_all_ranks(rows: Tensor) -> Tensor:
+        return _gathered(rows) if dist.is_available() and dist.is_initialized() else rows
 
     def state(self) -> dict[str, bytes | dict[str, Any]]:
         """What a checkpoint holds: `model` and `optimizer` as bytes, `meta` as plain JSON values."""

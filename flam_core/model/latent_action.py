@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from flam_core.config import ModelConfig
@@ -77,6 +78,8 @@ class VQLatent(nn.Module):
             self.register_buffer("centre_weight", torch.zeros(()))
         else:
             self.centre = None
+        self.quantising = True
+        """False lets what is to be quantised through as it is, until the dynamics listen to it."""
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._heads: list[Tensor] = []
 
@@ -102,6 +105,8 @@ class VQLatent(nn.Module):
         if self.training:
             self._seen.append((x.detach().flatten(0, -2), codes.flatten()))
             self._heads.append(y.detach().flatten(0, -3))
+        if not self.quantising:
+            return LatentActions(x, x, torch.zeros_like(penalty), codes)
         return LatentActions(x + (quantised - x).detach(), quantised.detach(), penalty, codes)
 
     @torch.no_grad()
@@ -115,6 +120,8 @@ class VQLatent(nn.Module):
         x, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
         self._follow_centre()
+        if not self.quantising:
+            return
         weight, count = self.codebook.weight, self.codebook.num_embeddings
         sums = torch.zeros_like(weight, dtype=torch.float32).index_add_(0, codes, x)
         shares = torch.bincount(codes, minlength=count).to(sums.dtype)
@@ -132,6 +139,19 @@ class VQLatent(nn.Module):
         weight[dead] = fresh[dead].to(weight.dtype)
         self.sums[dead] = fresh[dead] / count
         self.usage[dead] = 1 / count
+
+    def seen(self) -> Tensor:
+        """What was to be quantised [N, A] since the last `after_step`, on this rank."""
+        return torch.cat([x for x, _ in self._seen])
+
+    @torch.no_grad()
+    def start_codes(self, x: Tensor, seed: int) -> None:
+        """Set the codes to the clusters of x [N, A]."""
+        means = KMeans(self.codebook.num_embeddings, n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
+        centres = means.fit(x.double().cpu().numpy()).cluster_centers_
+        self.codebook.weight.copy_(F.normalize(torch.from_numpy(centres), dim=-1))
+        self.sums.copy_(self.codebook.weight / len(centres))
+        self.usage.fill_(1 / len(centres))
 
     def _follow_centre(self) -> None:
         heads = torch.cat(self._heads)  # [transitions, K, A]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from flam_core.config import Config
+from flam_core.config_json import canonical_json, given_values
 from flam_core.errors import SettingsError
 from flam_core.recipes import get_recipe
 from flam_core.variants import apply_variant
@@ -80,8 +82,9 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the file with its result: another config is another cell."""
-        return f"{self.model}-agents{self.agents}-seed{self.seed}-{self.config.sha256()[:8]}"
+        """Of the file with its result: another config is another cell, a new setting at its default is not."""
+        digest = hashlib.sha256(canonical_json(given_values(self.config)).encode()).hexdigest()
+        return f"{self.model}-agents{self.agents}-seed{self.seed}-{digest[:8]}"
 
 
 def world_options(settings: StudySettings, agents: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import ray
 import torch
 
 from flam_core.config import Config
-from flam_core.config_json import to_dict
+from flam_core.config_json import given_values, to_dict
 from flam_core.data.ingest import ingest_world
 from flam_core.data.manifest import read_manifest
 from flam_core.errors import FlamError
@@ -120,7 +120,7 @@ def _tokenizer_config(cell: Cell) -> Config:
 
 def fit_tokenizer(settings: StudySettings, folder: Path, agents: int, config: Config, data: str) -> str:
     """Train stage 1, if it is not done; the path of the weights. A Ray task."""
-    stage = to_dict(config.tokenizer_stage), to_dict(config.tokenizer), config.seed, Path(data).name
+    stage = given_values(config.tokenizer_stage), given_values(config.tokenizer), config.seed, Path(data).name
     digest = hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()[:12]
     place = folder / "tokenizers" / f"agents{agents}-seed{config.seed}-{digest}.safetensors"
     if not place.exists():

@@ -71,7 +71,7 @@ def test_a_model_without_slots_is_refused() -> None:
 
 @pytest.mark.parametrize("latent", ["gaussian", "vq"])
 def test_a_slot_that_stays_is_what_it_was(latent: str) -> None:
-    """Alone in the scene's mixing, for other slots have a say in it: only what belongs to a slot itself is compared."""
+    """Its start and its centre go with it; all else is shared by slots."""
     model = small_flam(latent=latent, codebook_centring=latent == "vq").eval()
     if latent == "vq":
         model.state_dict()["dynamics.inverse.latent.centre"].copy_(torch.randn(3, 8))
