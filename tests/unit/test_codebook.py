@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flam_core.config import ModelConfig
+from flam_core.config import LossConfig, ModelConfig
+from flam_core.errors import SettingsError
 from flam_core.model.latent_action import VQLatent
 from tests.unit.test_trainer import CONFIG, run, started, weights
 
@@ -113,6 +114,57 @@ def test_centring_counts_from_the_mean_of_the_first_batch_at_once() -> None:
     latent(y)
     latent.after_step()
     assert torch.allclose(latent.state_dict()["centre"], y[0].mean(dim=0), atol=1e-6)
+
+
+def test_nothing_is_quantised_while_the_codebook_warms_up() -> None:
+    latent = VQLatent(MODEL)
+    latent.quantising = False
+    before = latent.codebook.weight.clone()
+    h = torch.randn(1, 20, 2, 8)
+    found = latent(h)
+    assert torch.allclose(found.sample, F.normalize(latent.head(h), dim=-1), atol=1e-6)
+    assert torch.equal(found.sample, found.mean)
+    assert not found.penalty.any()
+    latent.after_step()
+    assert torch.equal(latent.codebook.weight, before)
+
+
+def test_codes_start_as_the_clusters_of_what_was_seen() -> None:
+    latent = VQLatent(MODEL)
+    centres = F.normalize(torch.tensor([[1.0, 0, 0.3], [-1, 0, 0.3], [0, 1, -0.3], [0, -1, -0.3]]), dim=-1)
+    seen(latent, F.normalize(centres.repeat_interleave(30, 0) + 0.05 * torch.randn(120, 3), dim=-1))
+    latent.start_codes(latent.seen(), seed=0)
+    nearest = (latent.codebook.weight @ centres.T).max(dim=0)
+    assert sorted(nearest.indices.tolist()) == [0, 1, 2, 3]
+    assert nearest.values.min() > 0.99
+    assert torch.allclose(latent.usage, torch.full((4,), 0.25))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_warmed_up_codebook_is_the_same_whenever_the_run_is_restored(at: int) -> None:
+    """Of four steps of stage 2 the first two are not quantised."""
+    model = replace(CONFIG.model, latent="vq", codebook_decay=0.9, codebook_centring=True)
+    settings = replace(CONFIG, model=model, loss=replace(CONFIG.loss, codebook_warmup=0.5))
+    unbroken = started(settings, until=3 + at)
+    assert isinstance(unbroken.model.dynamics.latent, VQLatent)
+    assert unbroken.model.dynamics.latent.quantising == (at in (0, 3))  # at the start none has said otherwise
+    resumed = started(settings)
+    resumed.restore(**unbroken.state())  # type: ignore[arg-type]
+    for trainer in (unbroken, resumed):
+        run(trainer, trainer.total_steps)
+    there, here = weights(unbroken.model), weights(resumed.model)
+    assert all(torch.equal(value, here[name]) for name, value in there.items())
+    other = replace(settings, loss=replace(CONFIG.loss, codebook_warmup=0.0))
+    assert not torch.equal(
+        weights(started(other, until=7).model)["dynamics.inverse.latent.codebook.weight"],
+        there["dynamics.inverse.latent.codebook.weight"],
+    )
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_the_warm_up_is_a_share(share: float) -> None:
+    with pytest.raises(SettingsError, match=r"loss.codebook_warmup"):
+        LossConfig(codebook_warmup=share)
 
 
 def test_evaluation_leaves_the_codebook_alone() -> None:
