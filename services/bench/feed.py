@@ -100,6 +100,9 @@ def bench_feed(settings: FeedBenchSettings, say: Callable[[str], None] = print) 
     if settings.seconds <= 0 or settings.rounds < 1 or settings.cores < 1:
         raise SettingsError("bench feed: seconds, rounds and cores must be above 0", fix="Check the settings.")
     with ExitStack() as stack:
+        # As in a training worker. With as many as cores, PyTorch's threads wait for one another most of the time.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(max(1, settings.cores - 1))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flam-bench-")))
         local = resolve(settings.data or _make_data(settings, folder / "grid"))
         manifest = read_manifest(local.fs, local.path)
