@@ -104,8 +104,8 @@ class Tokenizer(nn.Module):
         """What stage 1 trains: the reconstruction [N, 3, H, W] in [0, 1] of frames [N, 3, H, W] in [0, 1], and the mean
         squared distance of what is quantised from its levels.
         """
-        features = self.encoder(frames * 2 - 1)
-        return self._from_features(features), self.fsq.distance(self._to_quantise(features)).mean()
+        unquantised = self._to_quantise(self.encoder(frames * 2 - 1))
+        return self._draw(unquantised), self.fsq.distance(unquantised).mean()
 
     def encode(self, frames_u8: Tensor) -> Tensor:
         """Standardised features z float [..., P, C] of uint8 frames [..., H, W, 3]."""
@@ -120,20 +120,21 @@ class Tokenizer(nn.Module):
         """Frames float [..., H, W, 3] in [0, 1] of standardised features [..., P, C], which are quantised first."""
         shape = z.shape[:-2]
         features = self._raw(z).reshape(-1, *z.shape[-2:])
-        frames = self._from_features(rearrange(features, "n (h w) c -> n c h w", h=self.config.grid))
+        frames = self._draw(self._to_quantise(rearrange(features, "n (h w) c -> n c h w", h=self.config.grid)))
         return rearrange(frames, "n c h w -> n h w c").reshape(*shape, *frames.shape[-2:], 3)
 
     def codes(self, z: Tensor) -> Tensor:
         """Code numbers int64 [..., P] of standardised features [..., P, C]."""
         return self.fsq.indices(F.linear(self._raw(z), self.to_codes.weight.flatten(1), self.to_codes.bias))
 
-    def _from_features(self, features: Tensor) -> Tensor:
-        codes = self.fsq(self._to_quantise(features))
-        return self.decoder(rearrange(codes, "n h w l -> n l h w").to(features.dtype))
-
     def _to_quantise(self, features: Tensor) -> Tensor:
         """[N, h, w, L] of the encoder's own features [N, C, h, w]."""
         return rearrange(self.to_codes(features), "n l h w -> n h w l")
+
+    def _draw(self, unquantised: Tensor) -> Tensor:
+        """[N, 3, H, W] of what is quantised first, [N, h, w, L]."""
+        codes = self.fsq(unquantised)
+        return self.decoder(rearrange(codes, "n h w l -> n l h w").to(unquantised.dtype))
 
     @torch.no_grad()
     def moments(self, frames_u8: Tensor) -> Tensor:

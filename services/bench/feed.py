@@ -55,11 +55,10 @@ class FeedBenchSettings:
     """Frames of a window."""
     batch: int = 32
     """Windows of a batch."""
-    seconds: float = 6.0
+    seconds: float = 12.0
     """For which each way is measured, and the plain loop as long, in turns."""
     rounds: int = 3
-    """Times that each way is measured. Ratios are medians over rounds: what a busy machine does to both sides of one
-    cancels out."""
+    """Times that each way is measured. Numbers are medians over rounds."""
     warm_seconds: float = 5.0
     """Between the first batch and the measuring, for processes to start and read ahead."""
     step_ms: float = 50.0
@@ -77,6 +76,8 @@ class _Measured:
     frames_per_second: list[float] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
     """Frames a second of the plain loop, in turns with it."""
+    over_loop: list[float] = field(default_factory=list)
+    """Its speed over that of the plain loop: the median over their turns."""
     first_batch_seconds: list[float] = field(default_factory=list)
 
 
@@ -84,8 +85,9 @@ _RESUMED = "feed_resumed"
 _RESUME_STEP = 10_007
 """In the middle of an epoch, a block and a chunk."""
 _CPU = torch.device("cpu")
-_TURNS = 3
-"""In which a way and the plain loop are measured: a busy machine gives now more and now less, for seconds at a time."""
+_TURN_SECONDS, _TURN_WARM_SECONDS = 2.0, 0.5
+"""In such turns a way and the plain loop are measured: a busy machine gives now more and now less, for seconds at a
+time. What stood still during the other's turn first comes up to speed."""
 _SETTLE_SECONDS = 2.0
 """For the processes and threads of the feed to end: one of Ray Data's that still waited for data when Ray is shut down
 would end this process."""
@@ -135,9 +137,7 @@ def _result(
     timed = {name: one for name, one in found.items() if name != _RESUMED}
     speeds = {name: one.frames_per_second for name, one in timed.items()}
     speeds["loop"] = [speed for one in timed.values() for speed in one.loop]
-    over_loop = {
-        name: [a / b for a, b in zip(one.frames_per_second, one.loop, strict=True)] for name, one in timed.items()
-    }
+    over_loop = {name: one.over_loop for name, one in timed.items()}
     return {
         "feed_over_loop": statistics.median(over_loop["feed_local"]),
         "feed_over_torch_dataloader": _ratio(over_loop, "feed_local", "torch_dataloader"),
@@ -252,15 +252,20 @@ def _measure(
     told = f"first batch after {found.first_batch_seconds[-1]:.1f} s"
     if not first_only:
         _frames_in(batches, settings.warm_seconds)
-        frames, of_loop = 0, 0
-        for _ in range(_TURNS):
-            frames += _frames_in(batches, settings.seconds / _TURNS)
-            of_loop += _frames_in(loop, settings.seconds / _TURNS)
-        found.frames_per_second.append(frames / settings.seconds)
-        found.loop.append(of_loop / settings.seconds)
-        told += f", then {frames / settings.seconds:.0f} frames/s, {frames / of_loop:.2f} of the plain loop"
+        seconds = min(_TURN_SECONDS, settings.seconds)
+        turns = [(_speed(batches, seconds), _speed(loop, seconds)) for _ in range(round(settings.seconds / seconds))]
+        found.frames_per_second.append(statistics.median(speed for speed, _ in turns))
+        found.loop.append(statistics.median(of_loop for _, of_loop in turns))
+        found.over_loop.append(statistics.median(speed / of_loop for speed, of_loop in turns))
+        told += f", then {found.frames_per_second[-1]:.0f} frames/s, {found.over_loop[-1]:.2f} of the plain loop"
     batches.close()
     return told
+
+
+def _speed(batches: Iterator[np.ndarray], seconds: float) -> float:
+    """Frames a second."""
+    _frames_in(batches, _TURN_WARM_SECONDS)
+    return _frames_in(batches, seconds) / seconds
 
 
 def _frames_in(batches: Iterator[np.ndarray], seconds: float) -> int:

@@ -12,7 +12,7 @@ _SECONDS = 0.5
 
 
 class PeakMemory:
-    """The highest resident set of each process seen, in bytes, by `name pid`; and of all together over time."""
+    """The highest resident set of a process of each name, in bytes; and of all processes together over time."""
 
     def __init__(self) -> None:
         self.peak: dict[str, int] = {}
@@ -26,16 +26,17 @@ class PeakMemory:
         for process in [me, *me.children(recursive=True)]:
             with suppress(psutil.Error):
                 size = process.memory_info().rss
-                name = f"{_name(process)} {process.pid}"
+                name = _name(process)
                 self.peak[name] = max(size, self.peak.get(name, 0))
                 total += size
         self.totals.append(total)
 
 
 def _name(process: psutil.Process) -> str:
+    """Of the program, or of Ray's task or actor without the method that it runs just now."""
     words = process.cmdline()
     if words and words[0].startswith("ray::"):
-        return words[0]
+        return words[0].partition(".")[0]
     return process.name()
 
 

@@ -201,16 +201,22 @@ class Assembler:
     def _once_decoded(self, step: int, due: list[_Due]) -> Future[np.ndarray | None]:
         """The frames of a step, copied by whichever thread decodes the last of its clips: none waits for another."""
         waiting = {
-            id(one.decoding): one.decoding.pixels for one in due if one.decoding and not one.decoding.pixels.done()
+            id(decoding): decoding.pixels
+            for one in due
+            if (decoding := one.decoding) and not decoding.noted and not decoding.pixels.done()
         }
         if not waiting:
             return self._pool.submit(self._copy, step, due)
-        copied: Future[np.ndarray | None] = Future()
+        copying: Future[np.ndarray | None] = Future()
         left = itertools.count(len(waiting) - 1, -1)  # which is safe among threads
+        # A future keeps its callbacks when it is done. This one must then refer to no pixels: they refer to it, and
+        # what goes round in a circle stays until Python looks for circles, gigabytes later.
+        task = [(due, copying)]
 
         def decoded(_: _Pixels) -> None:
             if next(left) > 0:
                 return
+            due, copied = task.pop()
             try:
                 copied.set_result(self._copy(step, due))
             except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
@@ -218,7 +224,7 @@ class Assembler:
 
         for pixels in waiting.values():
             pixels.add_done_callback(decoded)
-        return copied
+        return copying
 
     def _copy(self, step: int, due: list[_Due]) -> np.ndarray | None:
         """The frames of a step; None if all of its clips are broken."""
@@ -234,7 +240,8 @@ class Assembler:
     def _finish(self, begun: _Begun) -> StepBatch:
         frames = begun.frames.result()
         for one in begun.due:
-            self._note(one)
+            if one.decoding is not None and not one.decoding.noted:
+                self._note(one, one.decoding)
         if frames is None:
             raise DataError(
                 f"all {len(begun.due)} clips of rank {self._rank} at step {begun.step} are broken, the last: "
@@ -242,7 +249,10 @@ class Assembler:
                 fix="Run jobs/ingest.py --verify on the data set, which leaves them out of the plan.",
             )
         for one in begun.due:
-            self._used(one.window.clip, one.held)
+            uses = one.held.uses
+            uses[0] -= 1
+            if not uses[0]:
+                self._used_up(one.window.clip, one.held)
         ids = [one.window.id for one in begun.due if one.good]
         return StepBatch(begun.step, frames, ids, self._actions_of(begun) if self._plan.truth else None)
 
@@ -253,25 +263,20 @@ class Assembler:
             [one.held.row["actions"][one.window.start : one.window.start + span] for one in begun.due if one.good]
         )
 
-    def _note(self, due: _Due) -> None:
-        """Count what decoding gave, once."""
-        if due.decoding is None or due.decoding.noted:
-            return
-        due.decoding.noted = True
-        result, seconds = due.decoding.pixels.result()
+    def _note(self, due: _Due, decoding: _Decoding) -> None:
+        """Count what decoding gave."""
+        decoding.noted = True
+        result, seconds = decoding.pixels.result()
         self._meters.decode_seconds += seconds
         if isinstance(result, str):
-            due.held.error, due.decoding.failed = result, True
+            due.held.error, decoding.failed = result, True
             self._broken(due.window.clip, due.held)
         else:
             self._meters.decoded_clips += 1
             self._meters.decoded_frames += len(result)
 
-    def _used(self, key: ClipKey, held: _Held) -> None:
-        """Count a window. Pixels are kept for a block only, so that they take no more room than a block does."""
-        held.uses[0] -= 1
-        if held.uses[0]:
-            return
+    def _used_up(self, key: ClipKey, held: _Held) -> None:
+        """A block's windows of a clip are done: its pixels go, so that they take no more room than a block does."""
         held.uses.popleft()
         held.decoding = None
         if not held.uses:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyarrow.fs import LocalFileSystem
 
@@ -12,7 +15,7 @@ from flam_core.data.manifest import read_manifest
 from flam_core.data.quarantine import BadClip, Quarantine
 from flam_core.data.shard import read_row_group
 from flam_core.errors import DataError
-from services.feed import CacheSettings, StagePlan
+from services.feed import Assembler, CacheSettings, StagePlan, make_dataset, steps_of
 from services.storage import resolve
 from tests.services.conftest import environment, run_job, said
 from tests.services.feed_fixture import (
@@ -62,6 +65,29 @@ def test_a_clip_is_decoded_once_and_a_row_group_read_once(connected: None, small
     # The last batch of the epoch may be cut off, and with it windows, but hardly a clip.
     assert sum(s.clips for s in train) - 1 <= meters.decoded_clips <= sum(s.clips for s in train)
     assert steps * 6 > 15 * meters.decoded_clips
+
+
+def test_pixels_go_with_their_last_window(connected: None, small_data: Path) -> None:
+    """By their count of references: circles of them would stay until Python looks for circles, gigabytes later."""
+    plan, seen = plan_of(source_of(small_data)), []
+
+    def stack(windows: list[np.ndarray]) -> np.ndarray:
+        seen.extend(weakref.ref(window.base) for window in windows)  # the clip's pixels
+        return np.stack(windows)
+
+    (shard,) = make_dataset(plan, 0, task_cpus=0.5).streaming_split(1, equal=True)
+    assembler = Assembler(plan, 0, threads=2, stack=stack)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in steps_of(shard, plan, 0, assembler, 0):
+            pass
+        assembler.close()
+        del assembler
+        assert len({id(pixels()) for pixels in seen if pixels() is not None}) == 0
+    finally:
+        gc.enable()
+    assert len(seen) == sum(stage.steps * stage.batch_clips for stage in STAGES)
 
 
 def test_skip_and_stride_and_two_data_sets(connected: None, small_data: Path, tmp_path: Path) -> None:
