@@ -367,6 +367,9 @@ class Config:
     start (model.slot_start) before it can drift away."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward pass. "auto" is bf16 where the hardware has it, else fp32."""
+    weight_mean: float = 0.0
+    """Of the weights, the exponential moving average with this decay, such as 0.999, is what is evaluated and kept
+    (EMA). 0: the weights of the last step."""
     seed: int = 0
     """Seeds weights, sample order and noise."""
     checkpoint_every: int = 250
@@ -382,6 +385,8 @@ class Config:
                 f"tokenizer_stage.steps = {self.tokenizer_stage.steps}, given tokenizer: {self.tokenizer_sha256}",
                 fix="It is 0 with a given tokenizer (--tokenizer_from), and at least 1 without.",
             )
+        if not 0 <= self.weight_mean < 1:
+            raise SettingsError(f"weight_mean = {self.weight_mean}", fix="It is a decay: 0 (none) to below 1.")
         if self.checkpoint_every < 1:
             raise SettingsError(f"checkpoint_every = {self.checkpoint_every}", fix="It must be at least 1.")
         if self.flam_stage.clip_frames < 2:

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import safetensors.torch
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
 from flam_core.config import Config, StageConfig
 from flam_core.errors import DataError, SettingsError, TrainingFailed
+from flam_core.learning.ema import WeightMean
 from flam_core.learning.losses import beta_at, flam_loss, tokenizer_loss
 from flam_core.learning.meters import tokenizer_meters
+from flam_core.learning.recompute import recompute
 from flam_core.learning.schedule import autocast_dtype, learning_rate
 from flam_core.model import Dynamics, Flam
-from flam_core.model.latent_action import VQLatent
+from flam_core.model.latent_action import GaussianLatent, VQLatent
 from flam_core.model.warm_start import moving_prototypes
+from flam_core.ranks import Share, add_up, gathered, without_sync
 from flam_core.saved_model import weights_from_bytes, weights_to_bytes
 
 Wrap = Callable[[nn.Module], nn.Module]
+_LIMBS = (0, 32, 64, 96)
+_CONSUMED = 1 << 128
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run needs to go on, but for its config."""
+
+    model: bytes
+    """safetensors."""
+    optimizer: bytes
+    """PyTorch's format, tensors and plain values alone."""
+    mean: bytes | None
+    """safetensors: the running mean of the weights of the module in training, if there is one."""
+    meta: dict[str, Any]
+    """Plain JSON values: `step`, `stage`, `consumed` and, with a mean, `mean_steps`."""
 
 
 class Trainer:
     """Trains the tokenizer (stage 1), then FLAM on its frozen features (stage 2), one global step at a time.
 
-    The state is `model`, the optimiser of the stage in hand, `step` (steps done, over both stages) and `digest` (a
-    rolling hash of the ids of all windows that this rank consumed; a checkpoint keeps rank 0's). Noise is a function of
-    (seed, step, rank), so there is no generator to store, and a resumed run draws what the unbroken one would have.
+    The state is `model`, the optimiser of the stage in hand, `step` (steps done, over both stages), the running mean of
+    the weights if `config.weight_mean` asks for one, and what was consumed (`consumed`). Noise is a function of (seed,
+    step, place in the global batch), so there is no generator to store, a resumed run draws what the unbroken one would
+    have, and the loss does not depend on how a batch is shared out.
     """
 
     def __init__(
@@ -38,14 +61,17 @@ class Trainer:
         config: Config,
         device: torch.device,
         *,
-        rank: int = 0,
+        share: Share | None = None,
         wrap: Wrap | None = None,
         tokenizer: bytes | None = None,
+        compiled: bool = False,
+        recomputed: bool = False,
     ) -> None:
         """`wrap` makes a stage's module distributed (DDP); by default it stays as it is. `tokenizer`: the weights that
-        `config.tokenizer_sha256` speaks of. Raises DataError if they are others."""
+        `config.tokenizer_sha256` speaks of. `compiled`: by `torch.compile`. `recomputed`: keep no activations of blocks
+        for the backward pass. Raises DataError if the tokenizer is another."""
         torch.manual_seed(config.seed)
-        self.config, self.device, self.rank = config, device, rank
+        self.config, self.device, self.share = config, device, share or Share()
         self.model = Flam(config.tokenizer, config.model).to(device)
         if config.tokenizer_sha256 is not None:
             if tokenizer is None or hashlib.sha256(tokenizer).hexdigest() != config.tokenizer_sha256:
@@ -53,13 +79,19 @@ class Trainer:
                     f"the tokenizer is not the one of sha256 {config.tokenizer_sha256}", fix="Give the run's own."
                 )
             weights_from_bytes(self.model.tokenizer, tokenizer)
+        if recomputed:
+            recompute(self.model)
         self.dtype = autocast_dtype(config.precision, device)
         self.step = 0
-        self.digest = hashlib.sha256(b"flam").hexdigest()
+        self.consumed = 0
+        """What this rank trained on: a sum over clips of a hash of (step, place in the global batch, id), so that the
+        ranks' numbers add up to that of one rank alone."""
         self._wrap: Wrap = wrap or (lambda module: module)
+        self._compiled = compiled
         self._prepared_stage = -1
         self._module: nn.Module = self.model
         self._optimizer: torch.optim.Optimizer | None = None
+        self._mean: WeightMean | None = None
         self._main: list[nn.Parameter] = []
         self._of_prior: list[nn.Parameter] = []
 
@@ -73,11 +105,18 @@ class Trainer:
         """0 while the tokenizer is trained, then 1."""
         return int(self.step >= self.config.tokenizer_stage.steps)
 
-    def train_step(self, frames_u8: Tensor, ids: list[str], true_actions: Tensor | None = None) -> dict[str, Tensor]:
+    def train_step(
+        self,
+        frames_u8: Tensor,
+        ids: list[str],
+        true_actions: Tensor | None = None,
+        places: list[int] | None = None,
+    ) -> dict[str, Tensor]:
         """One optimiser step on this rank's uint8 frames [B, T, H, W, 3]; the meters, on the device.
 
-        true_actions: float32 [B, T, N, S], which only a model of true actions needs. Raises TrainingFailed if the
-        gradient is not finite, SettingsError if true actions are not as the config says.
+        true_actions: float32 [B, T, N, S], which only a model of true actions needs. places: which of the clips that
+        are the rank's these are, if some are left out. Raises TrainingFailed if the gradient is not finite (the weights
+        are then those of before), SettingsError if true actions are not as the config says.
         """
         wanted = self.config.model.true_actions
         if wanted is not None and (true_actions is None or tuple(true_actions.shape[2:]) != wanted[:2]):
@@ -89,8 +128,8 @@ class Trainer:
         self._prepare(frames_u8)
         assert self._optimizer is not None
         stage, local = self._stage_config()
-        self.digest = hashlib.sha256((self.digest + "".join(ids)).encode()).hexdigest()
-        torch.manual_seed(_mix(self.config.seed, self.step, self.rank))
+        mine = self.share.places(stage.batch_clips)
+        clips = list(mine)[: len(ids)] if places is None else [mine[place] for place in places]
         rate = learning_rate(stage, local)
         for index, group in enumerate(self._optimizer.param_groups):
             hold = index == 1 and local < self.config.slot_hold * stage.steps
@@ -100,30 +139,71 @@ class Trainer:
         waits = self.config.loss.codebook_warmup * stage.steps  # of a codebook, for the dynamics
         if isinstance(latent, VQLatent):
             latent.quantising = local >= waits
-        loss, meters = self._loss(frames_u8, local / stage.steps, true_actions)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        meters = self._backward(frames_u8, true_actions, clips, latent)
         norm = nn.utils.clip_grad_norm_(self._main, stage.clip_norm)
         # On its own: its likelihood is of another size than the loss, and would set the pace for everything else.
         nn.utils.clip_grad_norm_(self._of_prior, stage.clip_norm)
+        name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
         if not torch.isfinite(norm):
             raise TrainingFailed(
-                f"the gradient is not finite at step {self.step} (loss {loss.item():.3g})",
+                f"the gradient is not finite at step {self.step} (loss {meters[f'{name}/loss'].item():.3g})",
                 fix="Lower the learning_rate or the clip_norm of the stage.",
             )
         self._optimizer.step()
         if isinstance(latent, VQLatent):
             if local < waits <= local + 1:
-                latent.start_codes(self._of_all_ranks(latent.seen()), self.config.seed)
+                latent.start_codes(gathered(latent.seen()), self.config.seed)
             latent.after_step()
+        if self._mean is not None:
+            self._mean.update()
+        for place, name_of_clip in zip(clips, ids, strict=True):
+            self.consumed = (self.consumed + _hash(self.step, place, name_of_clip)) % _CONSUMED
         self.step += 1
+        return meters | {f"{name}/grad_norm": norm, f"{name}/lr": torch.tensor(rate)}
+
+    def _backward(
+        self, frames_u8: Tensor, true_actions: Tensor | None, clips: list[int], latent: nn.Module | None
+    ) -> dict[str, Tensor]:
+        """Gradients of the global batch's loss, in parts if they are asked for; the meters over all of this rank's."""
+        stage, local = self._stage_config()
         name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
-        apart = meters.get("flam/prior_nll", torch.zeros(()))  # what shares no gradient with the rest is no part of it
-        return meters | {
-            f"{name}/loss": loss.detach() - apart.to(loss.device),
-            f"{name}/grad_norm": norm,
-            f"{name}/lr": torch.tensor(rate),
-        }
+        parts = self.share.parts(len(clips))
+        total: dict[str, Tensor] = {}
+        for part in parts:
+            torch.manual_seed(_hash(self.config.seed, self.step) >> 65)  # 63 bits
+            if isinstance(latent, GaussianLatent):
+                latent.places = torch.tensor(clips[part], device=self.device), stage.batch_clips
+            alone = without_sync(self._module) if part is not parts[-1] else nullcontext()
+            with alone:
+                loss, meters = self._loss(
+                    frames_u8[part], local / stage.steps, None if true_actions is None else true_actions[part]
+                )
+                # Ranks take the mean of their gradients: weighted so, it is that of the whole batch's mean loss. A clip
+                # that is left out weighs nothing.
+                (loss * (len(clips[part]) * self.share.world / stage.batch_clips)).backward()
+            apart = meters.get("flam/prior_nll", torch.zeros(()))  # what shares no gradient is no part of the loss
+            meters[f"{name}/loss"] = loss.detach() - apart.to(loss.device)
+            share = len(clips[part]) / len(clips)
+            total = {key: total.get(key, 0.0) + share * value for key, value in meters.items()}
+        if isinstance(latent, GaussianLatent):
+            latent.places = None
+        return total
+
+    def over_ranks(self, meters: dict[str, Tensor], clips: int) -> dict[str, Tensor]:
+        """Meters of this rank's clips to those of the whole batch. All ranks must call it."""
+        if self.share.world == 1:
+            return meters
+        values = torch.stack([value.to(self.device, torch.float64) for value in meters.values()] + [torch.ones(())])
+        values = add_up(values * clips)
+        return dict(zip(meters, values[:-1] / values[-1], strict=True))
+
+    def consumed_by_all(self) -> str:
+        """Hex digest of all that the run's ranks trained on so far: a function of the sample order alone. All ranks
+        must call it."""
+        limbs = torch.tensor([self.consumed >> shift & 0xFFFFFFFF for shift in _LIMBS], device=self.device)
+        total = sum(int(limb) << shift for limb, shift in zip(add_up(limbs), _LIMBS, strict=True))
+        return f"{total % _CONSUMED:032x}"
 
     def _stage_config(self) -> tuple[StageConfig, int]:
         first = self.config.tokenizer_stage
@@ -151,10 +231,15 @@ class Trainer:
             return
         if self.stage == 1:
             if self.step == self.config.tokenizer_stage.steps:
+                if self._mean is not None:
+                    self._mean.put_into(self.model.tokenizer)
                 self._begin_flam(frames_u8)
             self.model.tokenizer.requires_grad_(False)
         inner = self.model.tokenizer if self.stage == 0 else self.model.dynamics
         self._module = self._wrap(inner)
+        if self._compiled:
+            self._module = torch.compile(self._module)  # pyright: ignore[reportAttributeAccessIssue]
+        self._mean = WeightMean(inner, self.config.weight_mean) if self.config.weight_mean else None
         stage = self._stage_config()[0]
         # The factorizer is a group of its own, since it may be held still at first.
         dynamics = self.model.dynamics
@@ -178,50 +263,59 @@ class Trainer:
         All ranks see the whole batch, so the outcome is the same on each, whatever their number.
         """
         tokenizer = self.model.tokenizer
-        moments = tokenizer.moments(frames_u8)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(moments)
-        tokenizer.standardise(moments)
+        tokenizer.standardise(add_up(tokenizer.moments(frames_u8)))
         if isinstance(self.model.dynamics, Dynamics) and self.config.model.slot_start == "motion":
-            z = self._of_all_ranks(self.model.encode(frames_u8).contiguous())
+            z = gathered(self.model.encode(frames_u8).contiguous())
             prototypes = moving_prototypes(z, self.config.model.factors, self.config.seed)
             self.model.dynamics.factorizer.start_from(prototypes)
 
-    @staticmethod
-    def _of_all_ranks(rows: Tensor) -> Tensor:
-        return _gathered(rows) if dist.is_available() and dist.is_initialized() else rows
-
-    def state(self) -> dict[str, bytes | dict[str, Any]]:
-        """What a checkpoint holds: `model` and `optimizer` as bytes, `meta` as plain JSON values."""
+    def state(self) -> TrainState | None:
+        """What a checkpoint holds; None on other ranks than the first. All ranks must call it."""
+        consumed = self.consumed_by_all()
+        if self.share.rank:
+            return None
         optimizer = io.BytesIO()
         torch.save(self._optimizer.state_dict() if self._optimizer else {}, optimizer)
-        meta = {"step": self.step, "stage": self._prepared_stage, "digest": self.digest}
-        return {"model": weights_to_bytes(self.model), "optimizer": optimizer.getvalue(), "meta": meta}
+        meta = {"step": self.step, "stage": self._prepared_stage, "consumed": consumed}
+        mean = None
+        if self._mean is not None:
+            mean, meta["mean_steps"] = safetensors.torch.save(self._mean.state()), self._mean.steps
+        return TrainState(weights_to_bytes(self.model), optimizer.getvalue(), mean, meta)
 
-    def restore(self, model: bytes, optimizer: bytes, meta: dict[str, Any]) -> None:
+    def restore(self, state: TrainState) -> None:
         """Continue from what `state` returned. Only tensors and plain values are read; pickled code is refused."""
-        weights_from_bytes(self.model, model)
-        self.step, self.digest = meta["step"], meta["digest"]
-        if meta["stage"] == self.stage and self.step < self.total_steps:
-            self._prepare(torch.empty(0))
-            assert self._optimizer is not None
-            self._optimizer.load_state_dict(
-                torch.load(io.BytesIO(optimizer), map_location=self.device, weights_only=True)
-            )
+        meta = state.meta
+        self.step, self.consumed = meta["step"], 0 if self.share.rank else int(meta["consumed"], 16)
+        if meta["stage"] < self.stage or self.step == self.total_steps:  # that stage is done
+            load_trained(self.model, state)
+            return
+        weights_from_bytes(self.model, state.model)
+        self._prepare(torch.empty(0))
+        assert self._optimizer is not None
+        if self._mean is not None and state.mean is not None:
+            self._mean.restore(safetensors.torch.load(state.mean), meta["mean_steps"])
+        self._optimizer.load_state_dict(
+            torch.load(io.BytesIO(state.optimizer), map_location=self.device, weights_only=True)
+        )
+
+    def model_in_use(self) -> Flam:
+        """What the training so far gives: the model, or a copy of it with the mean of its weights."""
+        if self._mean is None:
+            return self.model
+        model = copy.deepcopy(self.model)
+        self._mean.put_into(model.tokenizer if self._prepared_stage == 0 else model.dynamics)
+        return model
 
 
-def _gathered(rows: Tensor) -> Tensor:
-    """The rows of all ranks, in order; ranks may have different numbers of them (a broken clip is left out)."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    lengths = [int(count) for count in counts]
-    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+def load_trained(model: Flam, state: TrainState) -> None:
+    """Give a model what the training so far gives: weights, or their running mean. Raises DataError if they do not fit
+    the model or are damaged."""
+    weights_from_bytes(model, state.model)
+    if state.mean is not None:
+        part = model.tokenizer if state.meta["stage"] == 0 else model.dynamics
+        part.load_state_dict(safetensors.torch.load(state.mean), strict=False)
 
 
-def _mix(*values: int) -> int:
-    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def _hash(*values: int | str) -> int:
+    """128 bits."""
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=16).digest(), "big")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from flam_core.config import ModelConfig
+from flam_core.ranks import add_up, gathered
 
 _USAGE_DECAY = 0.99
 """Of the running share of a code, where the codebook itself has no rate."""
@@ -40,14 +40,23 @@ class GaussianLatent(nn.Module):
         super().__init__()
         self.head = nn.Linear(config.width, 2 * config.action_dim)
         nn.init.constant_(self.head.bias[config.action_dim :], config.initial_log_variance)
+        self.places: tuple[Tensor, int] | None = None
+        """Which clips int64 [B] of a larger batch, of how many, the next batch holds: it then gets the noise that they
+        would get in the larger one, however that is shared out. None: the batch is a whole one."""
 
     def forward(self, h: Tensor) -> LatentActions:
         """From the inverse dynamics' output [B, T - 1, K, D]."""
         mean, log_variance = self.head(h).float().chunk(2, dim=-1)
         log_variance = log_variance.clamp(-12.0, 4.0)
-        sample = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        sample = mean + self._noise(mean) * (0.5 * log_variance).exp()
         kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum(dim=-1)
         return LatentActions(sample, mean, kl)
+
+    def _noise(self, mean: Tensor) -> Tensor:
+        if self.places is None:
+            return torch.randn_like(mean)
+        clips, of = self.places
+        return torch.randn(of, *mean.shape[1:], dtype=mean.dtype, device=mean.device)[clips]
 
     def prior(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Samples [*shape, A] of N(0, I)."""
@@ -125,11 +134,10 @@ class VQLatent(nn.Module):
         weight, count = self.codebook.weight, self.codebook.num_embeddings
         sums = torch.zeros_like(weight, dtype=torch.float32).index_add_(0, codes, x)
         shares = torch.bincount(codes, minlength=count).to(sums.dtype)
-        fresh = x[torch.randint(len(x), (count,), device=x.device)]
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(shares)
-            dist.broadcast(fresh, 0)
+        x = gathered(x)
+        fresh = x[torch.randint(len(x), (count,), device=x.device)]  # on all ranks the same: they draw alike
+        add_up(sums)
+        add_up(shares)
         decay = _USAGE_DECAY if self.decay is None else self.decay
         self.sums.mul_(decay).add_(sums / shares.sum(), alpha=1 - decay)
         self.usage.mul_(decay).add_(shares / shares.sum(), alpha=1 - decay)
@@ -159,9 +167,8 @@ class VQLatent(nn.Module):
         if self.centre is None:
             return
         total, count = heads.sum(dim=0), heads.new_tensor(len(heads))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-            dist.all_reduce(count)
+        add_up(total)
+        add_up(count)
         decay = _USAGE_DECAY if self.decay is None else self.decay
         self.centre_weight.mul_(decay).add_(1 - decay)
         self.centre.lerp_(total / count, ((1 - decay) / self.centre_weight).item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -44,13 +45,11 @@ class StepBatch:
     """uint8 [B, T, H, W, 3], contiguous."""
     ids: list[str]
     """Of the windows."""
+    places: list[int]
+    """Where each would be, had no window of the rank's been left out."""
     actions: np.ndarray | None = None
     """float32 [B, T, N, S]: what each of N entities was told to do between frames t and t + 1, NaN where not known.
     None unless the plan asks for the truth."""
-
-
-_Pixels = Future[tuple[np.ndarray | str, float]]
-"""uint8 [frames, H, W, 3], or why there are none; and the seconds that it took."""
 
 
 @dataclass
@@ -65,15 +64,37 @@ class _Held:
     """Once its pixels were needed, until the block is done."""
 
 
-@dataclass
 class _Decoding:
-    """A clip on its way through a decoder."""
+    """A clip on its way through a decoder. Lighter than a `Future`, of which each window would take a lock or two."""
 
-    pixels: _Pixels
-    noted: bool = False
-    """Whether the meters know."""
-    failed: bool = False
-    """Whether there are no pixels, once the meters know."""
+    __slots__ = ("_lock", "_waiting", "failed", "noted", "result", "seconds")
+
+    def __init__(self) -> None:
+        self.result: np.ndarray | str | BaseException | None = None
+        """uint8 [frames, H, W, 3], or why there are none, or a fault in flam; None until it is done."""
+        self.seconds = 0.0
+        self.noted = False
+        """Whether the meters know."""
+        self.failed = False
+        """Whether there are no pixels, once the meters know."""
+        self._waiting: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+
+    def set(self, result: np.ndarray | str | BaseException, seconds: float) -> None:
+        """It is done: run what waits for it, in this thread, and forget it, for it may hold these very pixels."""
+        with self._lock:
+            self.result, self.seconds = result, seconds
+            waiting, self._waiting = self._waiting, []
+        for call in waiting:
+            call()
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Run that once it is done, or now if it is."""
+        with self._lock:
+            if self.result is None:
+                self._waiting.append(call)
+                return
+        call()
 
 
 class _Due(NamedTuple):
@@ -83,13 +104,6 @@ class _Due(NamedTuple):
     held: _Held
     decoding: _Decoding | None
     """None for a clip that is known to be broken. Kept here: the clip may be let go of before the step is done."""
-
-    def frames(self) -> np.ndarray | None:
-        """All frames of the clip, waited for; None if it is broken."""
-        if self.decoding is None:
-            return None
-        result = self.decoding.pixels.result()[0]
-        return None if isinstance(result, str) else result
 
     @property
     def good(self) -> bool:
@@ -194,47 +208,44 @@ class Assembler:
                     fix="This is a fault in flam: run the command again, it resumes; please report it.",
                 )
             if held.decoding is None and held.error is None:
-                held.decoding = _Decoding(self._pool.submit(self._pixels, window.clip, held.row))
+                held.decoding = _Decoding()
+                self._pool.submit(self._decode, held.decoding, window.clip, held.row)
             due.append(_Due(window, held, held.decoding))
         return _Begun(step, due, self._once_decoded(step, due))
 
     def _once_decoded(self, step: int, due: list[_Due]) -> Future[np.ndarray | None]:
         """The frames of a step, copied by whichever thread decodes the last of its clips: none waits for another."""
-        waiting = {
-            id(decoding): decoding.pixels
-            for one in due
-            if (decoding := one.decoding) and not decoding.noted and not decoding.pixels.done()
-        }
+        waiting = {id(one.decoding): one.decoding for one in due if one.decoding and one.decoding.result is None}
         if not waiting:
             return self._pool.submit(self._copy, step, due)
-        copying: Future[np.ndarray | None] = Future()
+        copied: Future[np.ndarray | None] = Future()
         left = itertools.count(len(waiting) - 1, -1)  # which is safe among threads
-        # A future keeps its callbacks when it is done. This one must then refer to no pixels: they refer to it, and
-        # what goes round in a circle stays until Python looks for circles, gigabytes later.
-        task = [(due, copying)]
 
-        def decoded(_: _Pixels) -> None:
+        def decoded() -> None:
             if next(left) > 0:
                 return
-            due, copied = task.pop()
             try:
                 copied.set_result(self._copy(step, due))
             except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
                 copied.set_exception(error)
 
-        for pixels in waiting.values():
-            pixels.add_done_callback(decoded)
-        return copying
+        for decoding in waiting.values():
+            decoding.when_done(decoded)
+        return copied
 
     def _copy(self, step: int, due: list[_Due]) -> np.ndarray | None:
-        """The frames of a step; None if all of its clips are broken."""
+        """The frames of a step, whose clips are decoded; None if all of them are broken."""
         stage = self._plan.stages[self._plan.stage_of(step)[0]]
         span, skip = stage.shape.span, stage.frame_skip
-        good = [
-            pixels[one.window.start : one.window.start + span : skip]
-            for one in due
-            if (pixels := one.frames()) is not None
-        ]
+        good = []
+        for window, _, decoding in due:
+            if decoding is None:
+                continue
+            pixels = decoding.result
+            if isinstance(pixels, np.ndarray):
+                good.append(pixels[window.start : window.start + span : skip])
+            elif isinstance(pixels, BaseException):
+                raise pixels
         return self._stack(good) if good else None
 
     def _finish(self, begun: _Begun) -> StepBatch:
@@ -253,8 +264,9 @@ class Assembler:
             uses[0] -= 1
             if not uses[0]:
                 self._used_up(one.window.clip, one.held)
-        ids = [one.window.id for one in begun.due if one.good]
-        return StepBatch(begun.step, frames, ids, self._actions_of(begun) if self._plan.truth else None)
+        places = [place for place, one in enumerate(begun.due) if one.good]
+        ids = [begun.due[place].window.id for place in places]
+        return StepBatch(begun.step, frames, ids, places, self._actions_of(begun) if self._plan.truth else None)
 
     def _actions_of(self, begun: _Begun) -> np.ndarray:
         """float32 [B, T, N, S] of the step's windows, those of broken clips left out."""
@@ -266,14 +278,13 @@ class Assembler:
     def _note(self, due: _Due, decoding: _Decoding) -> None:
         """Count what decoding gave."""
         decoding.noted = True
-        result, seconds = decoding.pixels.result()
-        self._meters.decode_seconds += seconds
-        if isinstance(result, str):
-            due.held.error, decoding.failed = result, True
-            self._broken(due.window.clip, due.held)
-        else:
+        self._meters.decode_seconds += decoding.seconds
+        if isinstance(decoding.result, np.ndarray):
             self._meters.decoded_clips += 1
-            self._meters.decoded_frames += len(result)
+            self._meters.decoded_frames += len(decoding.result)
+        else:
+            due.held.error, decoding.failed = str(decoding.result), True
+            self._broken(due.window.clip, due.held)
 
     def _used_up(self, key: ClipKey, held: _Held) -> None:
         """A block's windows of a clip are done: its pixels go, so that they take no more room than a block does."""
@@ -282,19 +293,27 @@ class Assembler:
         if not held.uses:
             del self._clips[key]
 
-    def _pixels(self, key: ClipKey, row: dict[str, Any]) -> tuple[np.ndarray | str, float]:
-        """The frames of a clip, or why there are none, and the seconds that it took."""
+    def _decode(self, decoding: _Decoding, key: ClipKey, row: dict[str, Any]) -> None:
+        """Decode a clip, in a thread of its own."""
         started = time.perf_counter()
+        try:
+            result = self._pixels(key, row)
+        except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
+            result = error
+        decoding.set(result, time.perf_counter() - started)
+
+    def _pixels(self, key: ClipKey, row: dict[str, Any]) -> np.ndarray | str:
+        """The frames of a clip, or why there are none."""
         if row["codec"] == Raw.name:  # decoded and checked by a task
             pixels = get_codec(Raw.name).decode(row["payload"], row["frames"], row["height"], row["width"])
         else:
             try:
                 pixels = decode_clip(row, key.shard)
             except DataError as error:
-                return error.what, time.perf_counter() - started
+                return error.what
         if pixels.shape[1:3] != self._plan.frame_size:
-            return f"frames are {pixels.shape[1:3]}, the manifest says {self._plan.frame_size}", 0.0
-        return pixels, time.perf_counter() - started
+            return f"frames are {pixels.shape[1:3]}, the manifest says {self._plan.frame_size}"
+        return pixels
 
     def _broken(self, key: ClipKey, held: _Held) -> None:
         shard = next(s for s in self._plan.sources[key.source].manifest.shards if s.name == key.shard)

@@ -85,6 +85,8 @@ class DeviceBatch:
     frames: Tensor
     """uint8 [B, T, H, W, 3]"""
     ids: list[str]
+    places: list[int]
+    """Where each window would be, had none of the rank's been left out."""
     actions: Tensor | None
     """float32 [B, T, N, S], or None unless the plan asks for the truth."""
 
@@ -154,7 +156,7 @@ class DevicePrefetcher:
             return None
         self._meters.batches += 1
         actions = None if item.actions is None else self._to_device(item.actions)
-        return DeviceBatch(item.step, self._to_device(item.frames), item.ids, actions), item
+        return DeviceBatch(item.step, self._to_device(item.frames), item.ids, item.places, actions), item
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """The array there, or on its way."""

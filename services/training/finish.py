@@ -14,8 +14,9 @@ from flam_core.data.quarantine import BadClip
 from flam_core.errors import TrainingFailed
 from flam_core.evaluation.evaluate import Evaluation
 from flam_core.evaluation.report import write_report
+from flam_core.learning.trainer import load_trained
 from flam_core.model import Flam
-from flam_core.saved_model import save_model, weights_from_bytes
+from flam_core.saved_model import save_model
 from services.registry import register
 from services.storage import write_bytes
 from services.tracking import RunInfo, TrackedRun
@@ -47,7 +48,7 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
         raise TrainingFailed(f"run {prepared.run} has no checkpoint", fix="Run the same command again.")
     device = torch.device("cuda" if prepared.settings.gpu and torch.cuda.is_available() else "cpu")
     model = Flam(config.tokenizer, config.model)
-    weights_from_bytes(model, saved.model)
+    load_trained(model, saved)
     model.to(device).eval()
     broken: list[BadClip] = []
     measured = evaluate_on(model, prepared.sources[0], config.evaluation, config.seed, on_broken=broken.append)
@@ -80,7 +81,7 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
         tags = {
             "config_sha256": config.sha256(),
             "manifest_sha256": prepared.manifest.sha256,
-            "sample_digest": saved.meta["digest"],
+            "sample_digest": saved.meta["consumed"],
             **{key.replace("@", "_at_"): f"{measured.metrics[key]:.4f}" for key in _TAGGED if key in measured.metrics},
         }
         example = np.zeros((1, 2, *prepared.manifest.frame_size, 3), dtype=np.uint8)

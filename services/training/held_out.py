@@ -49,7 +49,9 @@ class EvaluationDuring:
             # A clip that cannot be read is named at the end, if not by the feed before.
             self._clips = _read(self._source, config, "val", lambda _clip: None)
         clips, probes, long_clips = self._clips
-        return measure(trainer.model, clips, probes, clips, config, self._config.seed, names, long_clips).metrics
+        return measure(
+            trainer.model_in_use(), clips, probes, clips, config, self._config.seed, names, long_clips
+        ).metrics
 
 
 def clips_of(

@@ -169,7 +169,18 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
         print(f"run {prepared.run_id} is trained already: step {plan.total_steps}", flush=True)
         return
     cpus = ray.cluster_resources().get("CPU", 0)
-    job = WorkerJob(prepared.config, plan, prepared.run, tracking, settings.threads, settings.max_bad_share)
+    job = WorkerJob(
+        prepared.config,
+        plan,
+        prepared.run,
+        tracking,
+        settings.threads,
+        settings.max_bad_share,
+        settings.keep,
+        settings.clips_at_a_time,
+        settings.compiled,
+        settings.recomputed,
+    )
     cache = CacheSettings(settings.cache, int(settings.cache_gb * 1e9)) if settings.cache else None
     options = ExecutionOptions(
         preserve_order=True,

@@ -54,12 +54,25 @@ class TrainSettings:
     """A folder on each node in which row groups read from a bucket are kept; default: none."""
     cache_gb: float = 20.0
     """What the cache may hold."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the one that scored best on held-out clips (evaluation.during)."""
+    clips_at_a_time: int = 0
+    """Clips that go through the model together on one worker, whose gradients add up to those of the batch; 0: all of
+    its part. Fewer take less memory."""
+    compiled: bool = False
+    """Train with torch.compile: faster on a GPU, after minutes of compiling."""
+    recomputed: bool = False
+    """Compute activations again for the backward pass instead of keeping them: less memory, a third more time."""
     register: bool = True
     """Register the model in MLflow."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise SettingsError(f"workers = {self.workers}", fix="Use 1 or more.")
+        if self.keep < 1:
+            raise SettingsError(f"keep = {self.keep}", fix="Use 1 or more.")
+        if self.clips_at_a_time < 0:
+            raise SettingsError(f"clips_at_a_time = {self.clips_at_a_time}", fix="Use 1 or more, or 0 for all.")
         if not 0 <= self.max_bad_share <= 1:
             raise SettingsError(f"max_bad_share = {self.max_bad_share}", fix="It is a share: 0 to 1.")
         if self.cache_gb <= 0:

@@ -7,8 +7,7 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import ray.train
 import ray.train.torch
@@ -17,6 +16,7 @@ import torch
 from flam_core.config import Config
 from flam_core.learning.collapse import CollapseWatch
 from flam_core.learning.trainer import Trainer
+from flam_core.ranks import Share
 from services.feed import Assembler, FeedMeters, FeedPlan, flam_cause, steps_of
 from services.feed.meters import FeedGauges
 from services.feed.prefetch import DevicePrefetcher, stack_for
@@ -47,6 +47,12 @@ class WorkerJob:
     """CPU threads of PyTorch; 0: the cores of the worker's machine but one, shared out among its workers."""
     max_bad_share: float
     """Share of clips that may turn out to be broken."""
+    keep: int
+    """Newest checkpoints that are kept."""
+    clips_at_a_time: int
+    """That go through the model together on one rank; 0: all of its part of a batch."""
+    compiled: bool
+    recomputed: bool
 
 
 def train_worker(settings: dict[str, WorkerJob]) -> None:
@@ -82,9 +88,17 @@ def _run(job: WorkerJob) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     tokenizer = read_bytes(job.run / TOKENIZER) if job.config.tokenizer_sha256 else None
-    trainer = Trainer(job.config, device, rank=rank, wrap=ray.train.torch.prepare_model, tokenizer=tokenizer)
+    trainer = Trainer(
+        job.config,
+        device,
+        share=Share(rank, world, job.clips_at_a_time or None),
+        wrap=ray.train.torch.prepare_model,
+        tokenizer=tokenizer,
+        compiled=job.compiled,
+        recomputed=job.recomputed,
+    )
     if saved := checkpoints.newest(job.run):
-        trainer.restore(saved.model, saved.optimizer, saved.meta)
+        trainer.restore(saved)
         if rank == 0:
             print(f"resumed at step {trainer.step} of {trainer.total_steps}", flush=True)
     tracked = TrackedRun(job.tracking) if rank == 0 else None
@@ -94,7 +108,7 @@ def _run(job: WorkerJob) -> None:
     if trainer.step < trainer.total_steps:
         _train(job, trainer, log, rank, device)
     # One report at the end tells Ray Train that all ranks came through.
-    ray.train.report({"step": trainer.step, "world": world, "digest": trainer.digest})
+    ray.train.report({"step": trainer.step, "world": world})
 
 
 def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch.device) -> None:
@@ -109,15 +123,15 @@ def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch
         on_broken=BrokenClips(job.run, job.plan, rank, job.max_bad_share),
     )
     batches = steps_of(shard, job.plan, trainer.step, assembler, rank)
+    writer = checkpoints.Writer(job.run, job.keep)
     try:
         for batch in DevicePrefetcher(batches, device, log.feed, job.plan.batch_bytes):
             log.begin()
-            measured = trainer.train_step(batch.frames, batch.ids, batch.actions)
-            log.step(trainer, measured, batch.frames.shape[0] * batch.frames.shape[1])
+            measured = trainer.train_step(batch.frames, batch.ids, batch.actions, batch.places)
+            log.step(trainer, measured, batch.frames.shape[0], batch.frames.shape[1])
             if trainer.step % job.config.checkpoint_every == 0 or trainer.step == trainer.total_steps:
-                log.flush()
-                if rank == 0:
-                    _save(job.run, trainer, log)
+                _save(trainer, log, writer)
+        writer.wait()
     finally:
         assembler.close()
     if trainer.step < trainer.total_steps:
@@ -126,10 +140,13 @@ def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch
         write_bytes(job.run / FEED_TOTALS, json.dumps(log.totals()).encode())
 
 
-def _save(run: Location, trainer: Trainer, log: _Log) -> None:
-    state: dict[str, Any] = trainer.state()
-    watch = {"watch": log.watch.state()}  # the warnings given, so that a resumed run does not repeat them
-    checkpoints.save(run, trainer.step, state["model"], state["optimizer"], state["meta"] | watch)
+def _save(trainer: Trainer, log: _Log, writer: checkpoints.Writer) -> None:
+    """All ranks must call it. What was logged is sent first, so that no committed step lacks its metrics."""
+    log.flush()
+    state = trainer.state()
+    if state is not None:
+        # The warnings given are kept, too, so that a resumed run does not repeat them.
+        writer.save(replace(state, meta=state.meta | {"watch": log.watch.state()}), log.score.pop(trainer.step, None))
 
 
 def _decoders() -> int:
@@ -147,6 +164,8 @@ class _Log:
         self._spilled_before = spilled_bytes()
         self._evaluation = EvaluationDuring(job.config, job.plan.sources[0])
         self.watch = CollapseWatch(job.config, job.plan.world)
+        self.score: dict[int, float] = {}
+        """What held-out clips say of the model after a step, if they were asked: PSNR in dB. Higher is better."""
         self._begun = False
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._reset()
@@ -162,15 +181,15 @@ class _Log:
     def _reset(self) -> None:
         self._started, self._frames, self._steps = time.perf_counter(), 0, 0
 
-    def step(self, trainer: Trainer, measured: dict[str, torch.Tensor], frames: int) -> None:
-        """Count a step; every 50 steps, log."""
-        self._frames, self._steps = self._frames + frames, self._steps + 1
+    def step(self, trainer: Trainer, measured: dict[str, torch.Tensor], clips: int, frames: int) -> None:
+        """Count a step on `clips` clips of so many frames; every 50 steps, log. All ranks must call it."""
+        self._frames, self._steps = self._frames + clips * frames, self._steps + 1
         evaluated = self._evaluated(trainer)
         if trainer.step % _LOG_EVERY and trainer.step != trainer.total_steps:
             if evaluated and self._tracked is not None:
                 self._tracked.log(trainer.step, evaluated)
             return
-        values = {key: float(value) for key, value in measured.items()}
+        values = {key: float(value) for key, value in trainer.over_ranks(measured, clips).items()}
         took = time.perf_counter() - self._started  # after the values: a GPU has then done these steps
         feed = self.feed.take(took)
         feed["feed/spilled_bytes"] = float(spilled_bytes() - self._spilled_before)
@@ -200,6 +219,8 @@ class _Log:
         begun = time.perf_counter()
         found = self._evaluation(trainer)
         if found:
+            if (score := found.get(f"rollout/psnr@{self._job.config.evaluation.horizon}")) is not None:
+                self.score = {trainer.step: score}
             shown = [key for key in ("rollout/psnr@1", "rollout/psnr@10", "dci/i", "leakage") if key in found]
             told = "  ".join(f"{key} {found[key]:.3g}" for key in shown)
             print(f"step {trainer.step}: held-out {told}", flush=True)

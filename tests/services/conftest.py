@@ -362,4 +362,4 @@ def _kill_worker(pid: int) -> None:
 
 def committed(index: Path) -> list[int]:
     """The steps that `checkpoints/index.json` of a local run names."""
-    return json.loads(index.read_text()) if index.exists() else []
+    return json.loads(index.read_text())["steps"] if index.exists() else []

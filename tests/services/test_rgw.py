@@ -19,6 +19,7 @@ from flam_core.data.ingest import IngestOptions, ingest_world
 from flam_core.data.manifest import read_manifest
 from flam_core.data.shard import decode_clip, read_row_group, verify_shard
 from flam_core.errors import DataError, EnvironmentFault
+from flam_core.learning.trainer import TrainState
 from flam_core.worlds.base import Episode
 from flam_core.worlds.grid import GridWorld
 from services.storage import Location, download, exists, read_bytes, resolve, write_bytes
@@ -336,7 +337,7 @@ def test_a_bucket_that_may_only_be_read(
     with pytest.raises(EnvironmentFault, match="forbids access to"):
         write_bytes(lent / "mine", b"1")
     with pytest.raises(EnvironmentFault, match="forbids access to"):
-        checkpoints.save(lent / "run", 10, b"m", b"o", {})
+        checkpoints.save(lent / "run", TrainState(b"m", b"o", None, {"step": 10}))
     done = run_job(
         [*INGEST, "--out", f"s3://{bucket}/new"], environment(**gateway.environment(gateway.stranger)), tmp_path
     )
@@ -375,7 +376,11 @@ def test_ingest_needs_no_more_than_endpoint_and_keys(gateway: Gateway, tmp_path:
 
 
 def save(run: Location, step: int) -> None:
-    checkpoints.save(run, step, b"model %d" % step, b"optimizer %d" % step, {"step": step, "loss": 0.5})
+    checkpoints.save(run, state(step))
+
+
+def state(step: int) -> TrainState:
+    return TrainState(b"model %d" % step, b"optimizer %d" % step, None, {"step": step, "loss": 0.5})
 
 
 def test_checkpoints(place: Location) -> None:
@@ -385,13 +390,13 @@ def test_checkpoints(place: Location) -> None:
         save(place, step)
         assert checkpoints.newest_step(place) == step
     found = checkpoints.newest(place)
-    assert found == checkpoints.Checkpoint(30, b"model 30", b"optimizer 30", {"step": 30, "loss": 0.5})
+    assert found == state(30)
     assert {name.split("/")[1] for name in objects(place)} == {"index.json", "step-00000020", "step-00000030"}
     save(place, 30)  # a step taken again after a restart
     assert checkpoints.newest(place) == found
     large = np.random.default_rng(1).bytes(18 << 20)
-    checkpoints.save(place, 40, large, large[::-1], {})
-    assert checkpoints.newest(place) == checkpoints.Checkpoint(40, large, large[::-1], {})
+    checkpoints.save(place, TrainState(large, large[::-1], b"mean", {"step": 40}))
+    assert checkpoints.newest(place) == TrainState(large, large[::-1], b"mean", {"step": 40})
 
 
 @pytest.mark.parametrize(
@@ -416,13 +421,11 @@ def test_a_torn_newest_checkpoint_is_passed_over(
     else:
         put(gateway, torn, content)
     found = checkpoints.newest(place)
-    assert found is not None
-    assert (found.step, found.model) == (20, b"model 20")
+    assert found == state(20)
     assert "step-00000030" in capsys.readouterr().out
     save(place, 30)  # the run goes on from 20 and comes by again
     found = checkpoints.newest(place)
-    assert found is not None
-    assert found.step == 30
+    assert found == state(30)
 
 
 def test_a_checkpoint_without_a_place_in_the_index_is_none(place: Location) -> None:
@@ -431,8 +434,7 @@ def test_a_checkpoint_without_a_place_in_the_index_is_none(place: Location) -> N
     save(place, 30)
     write_bytes(place / "checkpoints/index.json", index)  # as if killed just before
     found = checkpoints.newest(place)
-    assert found is not None
-    assert found.step == 20
+    assert found == state(20)
 
 
 def test_checkpoints_of_a_lost_storage_are_not_taken_for_none(

@@ -143,7 +143,7 @@ def test_registered_version_says_what_it_is(smoke_run: Trained, mlflow_server: T
     assert found.tags["weights_sha256"] == smoke_run.weights
     assert found.tags["config_sha256"] == smoke().sha256()
     assert found.tags["flam_run"] == smoke_run.run_id
-    assert len(found.tags["manifest_sha256"]) == len(found.tags["sample_digest"]) == 64
+    assert (len(found.tags["manifest_sha256"]), len(found.tags["sample_digest"])) == (64, 32)
     assert float(found.tags["rollout/psnr_at_10"]) == pytest.approx(measured["rollout/psnr@10"], abs=1e-4)
 
 

@@ -55,7 +55,8 @@ class Bucket:
 
     def committed(self, run_id: str) -> list[int]:
         """The steps that the index of a run's checkpoints names."""
-        return json.loads(self.read(f"runs/{run_id}/checkpoints/index.json") or b"[]")
+        index = self.read(f"runs/{run_id}/checkpoints/index.json")
+        return json.loads(index)["steps"] if index else []
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_the_collector_forgets_nothing_after_a_feed() -> None:
 
     def batches() -> Generator[StepBatch, None, None]:
         for step in range(3):
-            yield StepBatch(step, np.zeros((1, 2, 4, 4, 3), np.uint8), ["a"])
+            yield StepBatch(step, np.zeros((1, 2, 4, 4, 3), np.uint8), ["a"], [0])
 
     for taken in (1, 3):
         feed = iter(DevicePrefetcher(batches(), CPU, FeedMeters(), batch_bytes=96))
