@@ -33,7 +33,7 @@ from services.bench.rivals import (
     write_tars,
 )
 from services.feed import Assembler, CacheSettings, FeedMeters, FeedPlan, FeedSource, StagePlan, make_dataset, steps_of
-from services.feed.prefetch import DevicePrefetcher, stack_for
+from services.feed.prefetch import DevicePrefetcher, memory_for
 from services.feed.spill import spilled_bytes
 from services.storage import Location, resolve
 
@@ -221,7 +221,7 @@ def _feed(
     limits = ExecutionResources(cpu=_FEED_CPUS)
     ray.data.DataContext.get_current().execution_options.resource_limits = limits
     (shard,) = make_dataset(plan, start, task_cpus=_TASK_CPUS, cache=cache).streaming_split(1)
-    assembler = Assembler(plan, 0, threads=settings.cores, stack=stack_for(_CPU), meters=meters)
+    assembler = Assembler(plan, 0, threads=settings.cores, memory=memory_for(_CPU), meters=meters)
     prefetcher = DevicePrefetcher(steps_of(shard, plan, start, assembler, 0), _CPU, meters, plan.batch_bytes)
     try:
         for batch in prefetcher:

@@ -1,14 +1,17 @@
-"""The trainer's end of the feed: holds the clips that came, decodes each once, and cuts batches from them."""
+"""The trainer's end of the feed: decodes the clips that came and puts their windows into the batches.
+
+Windows of a clip go to many batches. They are copied into all of them as soon as the clip is decoded, while its pixels
+are in the processor's cache: a batch fills up long before its step, and most pixels never come to rest in between.
+"""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,19 +23,20 @@ from flam_core.data.quarantine import BadClip
 from flam_core.data.shard import decode_actions, decode_clip
 from flam_core.errors import DataError, TrainingFailed
 from services.feed.meters import FeedMeters
-from services.feed.plan import FeedPlan
+from services.feed.plan import FeedPlan, StagePlan
 
-_AHEAD, _AHEAD_BYTES = 8, 128 << 20
-"""Steps that are decoded and put together at a time: so many, unless they are larger than that."""
-
+_AHEAD, _AHEAD_BYTES = 16, 128 << 20
+"""Steps whose clips are decoded before the first of them is asked for: so many, unless they are larger than that."""
+_KNOWN, _KNOWN_BYTES = 256, 256 << 20
+"""Steps beyond those whose windows are known, so that a clip that is decoded can serve them."""
 _LOOKED_UP = 64
 """Steps whose windows are looked up at a time: a step alone takes ten times its share of many."""
 
 _FIELDS = ("id", "frames", "height", "width", "codec", "crc32", "error")
 """Of a clip, what decoding needs beside its payload, and why it cannot be had."""
 
-Stack = Callable[[list[np.ndarray]], np.ndarray]
-"""Copies arrays of one shape and type into a new one: into page-locked memory, where batches go on to a GPU."""
+Memory = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""Gives an array of a shape and type, of what values there are: page-locked, where batches go on to a GPU."""
 
 
 @dataclass(frozen=True)
@@ -56,68 +60,100 @@ class StepBatch:
 class _Held:
     """A clip that the rank was given."""
 
+    key: ClipKey
     row: dict[str, Any]
-    uses: deque[int]
-    """Windows of it that are still to come, block by block."""
+    uses: deque[int] = field(default_factory=deque)
+    """Windows of it that are to come and that no thread is told to copy, block by block."""
+    begun: bool = False
+    """Whether a thread was told to copy some of the first of these blocks."""
+    owed: int = 0
+    """Windows that a thread was told to copy before the block came that they belong to."""
     error: str | None = None
-    decoding: _Decoding | None = None
-    """Once its pixels were needed, until the block is done."""
+    told: bool = False
+    """Whether the error was reported."""
+    pixels: np.ndarray | None = None
+    """uint8 [frames, H, W, 3], while windows are to come that were not known when it was decoded."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def given(self, windows: int) -> None:
+        """A block has come that has so many windows of it."""
+        self.begun = self.begun or self.owed > 0
+        paid = min(self.owed, windows)
+        self.owed -= paid
+        if windows > paid:
+            self.uses.append(windows - paid)
+        self.begun = self.begun and bool(self.uses)
 
-class _Decoding:
-    """A clip on its way through a decoder. Lighter than a `Future`, of which each window would take a lock or two."""
-
-    __slots__ = ("_lock", "_waiting", "failed", "noted", "result", "seconds")
-
-    def __init__(self) -> None:
-        self.result: np.ndarray | str | BaseException | None = None
-        """uint8 [frames, H, W, 3], or why there are none, or a fault in flam; None until it is done."""
-        self.seconds = 0.0
-        self.noted = False
-        """Whether the meters know."""
-        self.failed = False
-        """Whether there are no pixels, once the meters know."""
-        self._waiting: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-
-    def set(self, result: np.ndarray | str | BaseException, seconds: float) -> None:
-        """It is done: run what waits for it, in this thread, and forget it, for it may hold these very pixels."""
-        with self._lock:
-            self.result, self.seconds = result, seconds
-            waiting, self._waiting = self._waiting, []
-        for call in waiting:
-            call()
-
-    def when_done(self, call: Callable[[], None]) -> None:
-        """Run that once it is done, or now if it is."""
-        with self._lock:
-            if self.result is None:
-                self._waiting.append(call)
-                return
-        call()
-
-
-class _Due(NamedTuple):
-    """A window of a step that has begun."""
-
-    window: Window
-    held: _Held
-    decoding: _Decoding | None
-    """None for a clip that is known to be broken. Kept here: the clip may be let go of before the step is done."""
+    def take(self, windows: int) -> None:
+        """A thread is told to copy the next so many windows."""
+        while windows and self.uses:
+            taken = min(windows, self.uses[0])
+            windows -= taken
+            self.uses[0] -= taken
+            self.begun = self.uses[0] > 0
+            if not self.uses[0]:
+                self.uses.popleft()
+        self.owed += windows
 
     @property
-    def good(self) -> bool:
-        """Whether the window is in the batch, once the meters know of its clip."""
-        return self.decoding is not None and not self.decoding.failed
+    def keep(self) -> bool:
+        """Whether its pixels are wanted again: a block is under way."""
+        return self.begun or self.owed > 0
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.uses and not self.owed
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """A step that is being put together."""
+class _Step:
+    """A step whose windows are known. Its batch fills up as clips are decoded, by many threads."""
 
-    step: int
-    due: list[_Due]
-    frames: Future[np.ndarray | None]
+    def __init__(self, number: int, stage: StagePlan, windows: list[Window], memory: Memory) -> None:
+        self.number, self.windows = number, windows
+        self.held: list[_Held | None] = [None] * len(windows)
+        """The clip of each window, once it is needed."""
+        self.frames: np.ndarray | None = None
+        self.missing: set[int] = set()
+        """Places whose clips are broken."""
+        self.failure: BaseException | None = None
+        """A fault in flam."""
+        self.complete = threading.Event()
+        self._span, self._skip, self._memory = stage.shape.span, stage.frame_skip, memory
+        self._left = len(windows)
+        self._lock = threading.Lock()
+
+    def put(self, place: int, start: int, pixels: np.ndarray) -> None:
+        """Copy the window that begins at frame `start` of a clip to its place."""
+        window = pixels[start : start + self._span : self._skip]
+        with self._lock:
+            if self.frames is None:
+                self.frames = self._memory((len(self.windows), *window.shape), window.dtype)
+        self.frames[place] = window
+        self._one_less()
+
+    def miss(self, place: int, failure: BaseException | None = None) -> None:
+        """There is no such window: the clip is broken, or flam."""
+        with self._lock:
+            self.missing.add(place)
+            self.failure = self.failure or failure
+        self._one_less()
+
+    def _one_less(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        self.complete.set()
+
+
+class _Place(NamedTuple):
+    """Where a window goes."""
+
+    step: _Step
+    place: int
+    start: int
+    """Its first frame in the clip."""
 
 
 class Assembler:
@@ -129,17 +165,24 @@ class Assembler:
         rank: int,
         *,
         threads: int = 1,
-        stack: Stack = np.stack,
+        memory: Memory = np.empty,
         meters: FeedMeters | None = None,
         on_broken: Callable[[int, BadClip], None] | None = None,
     ) -> None:
         """threads: that decode. on_broken: told once of each clip that cannot be used, with the number of
         its data set; its windows are left out of the batches."""
         self._plan, self._rank = plan, rank
-        self._stack = stack
+        self._memory = memory
         self._meters = meters or FeedMeters()
         self._on_broken = on_broken or (lambda _source, _clip: None)
         self._clips: dict[ClipKey, _Held] = {}
+        self._wanted: dict[ClipKey, list[_Place]] = {}
+        """Known windows that no thread is told to copy."""
+        self._known: deque[_Step] = deque()
+        """Steps that have not begun."""
+        self._lookups: Iterator[_Step] | None = None
+        self._decoded: deque[tuple[float, int]] = deque()
+        """Seconds and frames of clips that the meters do not know of."""
         self._acting: tuple[str, tuple[int, ...]] | None = None  # the first clip with actions, and their [N, S]
         self._pool = ThreadPoolExecutor(threads, "decode")
 
@@ -156,25 +199,26 @@ class Assembler:
             row: dict[str, Any] = dict(zip(_FIELDS, values, strict=True)) | {"payload": payloads[i].as_buffer()}
             if self._plan.truth and row["error"] is None:
                 row["actions"] = self._actions(clips[i], key.shard)
-            held = self._clips.setdefault(key, _Held(row, deque(), error=row["error"]))
-            held.uses.append(uses[i])  # it may be held for a block of the last epoch still
-            if held.error is not None and len(held.uses) == 1:
-                self._broken(key, held)
+            held = self._clips.setdefault(key, _Held(key, row, error=row["error"]))
+            held.given(uses[i])  # it may be held for a block of the last epoch still
+            if held.done:
+                del self._clips[key]
+            self._tell_if_broken(held)
 
     def batches(self, steps: range) -> Generator[StepBatch, None, None]:
-        """The batches of `steps`, whose clips must have been given.
+        """The batches of `steps`, whose clips must have been given. They follow those of the call before.
 
         While one is put together, the clips of the next are decoded.
         Raises DataError if all clips of a batch are broken, TrainingFailed if a clip was not given.
         """
-        begun: deque[_Begun] = deque()
+        if self._lookups is None:
+            self._lookups = self._look_up(steps.start)
         ahead = max(1, min(_AHEAD, _AHEAD_BYTES // self._plan.batch_bytes))
-        for first in range(steps.start, steps.stop, _LOOKED_UP):
-            group = range(first, min(first + _LOOKED_UP, steps.stop))
-            for step, windows in zip(group, self._plan.windows_of(group, self._rank), strict=True):
-                begun.append(self._begin(step, windows))
-                if len(begun) > ahead:
-                    yield self._finish(begun.popleft())
+        begun: deque[_Step] = deque()
+        for _ in steps:
+            begun.append(self._begin())
+            if len(begun) > ahead:
+                yield self._finish(begun.popleft())
         while begun:
             yield self._finish(begun.popleft())
 
@@ -197,125 +241,118 @@ class Assembler:
             )
         return actions
 
-    def _begin(self, step: int, windows: list[Window]) -> _Begun:
-        """Set the decoding and copying of a step going."""
-        due = []
-        for window in windows:
+    def _look_up(self, start: int) -> Iterator[_Step]:
+        """All steps from `start` on, with their windows."""
+        for first in range(start, self._plan.total_steps, _LOOKED_UP):
+            group = range(first, min(first + _LOOKED_UP, self._plan.total_steps))
+            for step, windows in zip(group, self._plan.windows_of(group, self._rank), strict=True):
+                yield _Step(step, self._plan.stages[self._plan.stage_of(step)[0]], windows, self._memory)
+
+    def _begin(self) -> _Step:
+        """Set the decoding and copying of the next step going."""
+        assert self._lookups is not None
+        known = max(1, min(_KNOWN, _KNOWN_BYTES // self._plan.batch_bytes))
+        while len(self._known) < known and (found := next(self._lookups, None)) is not None:
+            self._known.append(found)
+            for place, window in enumerate(found.windows):
+                self._wanted.setdefault(window.clip, []).append(_Place(found, place, window.start))
+        step = self._known.popleft()
+        for window in step.windows:
+            places = self._wanted.get(window.clip)
+            if places is None or places[0].step is not step:
+                continue  # a thread is at this one, or was
+            del self._wanted[window.clip]
             held = self._clips.get(window.clip)
             if held is None:
                 raise TrainingFailed(
-                    f"the feed gave rank {self._rank} no clip {window.clip} for step {step}",
+                    f"the feed gave rank {self._rank} no clip {window.clip} for step {step.number}",
                     fix="This is a fault in flam: run the command again, it resumes; please report it.",
                 )
-            if held.decoding is None and held.error is None:
-                held.decoding = _Decoding()
-                self._pool.submit(self._decode, held.decoding, window.clip, held.row)
-            due.append(_Due(window, held, held.decoding))
-        return _Begun(step, due, self._once_decoded(step, due))
+            for of_step, place, _ in places:
+                of_step.held[place] = held
+            held.take(len(places))
+            if held.done:
+                del self._clips[window.clip]
+            self._pool.submit(self._fill, held, places, keep=held.keep)
+        return step
 
-    def _once_decoded(self, step: int, due: list[_Due]) -> Future[np.ndarray | None]:
-        """The frames of a step, copied by whichever thread decodes the last of its clips: none waits for another."""
-        waiting = {id(one.decoding): one.decoding for one in due if one.decoding and one.decoding.result is None}
-        if not waiting:
-            return self._pool.submit(self._copy, step, due)
-        copied: Future[np.ndarray | None] = Future()
-        left = itertools.count(len(waiting) - 1, -1)  # which is safe among threads
-
-        def decoded() -> None:
-            if next(left) > 0:
-                return
-            try:
-                copied.set_result(self._copy(step, due))
-            except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
-                copied.set_exception(error)
-
-        for decoding in waiting.values():
-            decoding.when_done(decoded)
-        return copied
-
-    def _copy(self, step: int, due: list[_Due]) -> np.ndarray | None:
-        """The frames of a step, whose clips are decoded; None if all of them are broken."""
-        stage = self._plan.stages[self._plan.stage_of(step)[0]]
-        span, skip = stage.shape.span, stage.frame_skip
-        good = []
-        for window, _, decoding in due:
-            if decoding is None:
+    def _fill(self, held: _Held, places: list[_Place], *, keep: bool) -> None:
+        """Decode a clip and copy its windows to where they go, in a thread of its own."""
+        failure = None
+        with held.lock:
+            if held.pixels is None and held.error is None:
+                started = time.perf_counter()
+                try:
+                    held.pixels = self._pixels(held.key, held.row)
+                except DataError as error:
+                    held.error = error.what
+                except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
+                    failure = error
+                frames = 0 if held.pixels is None else len(held.pixels)
+                self._decoded.append((time.perf_counter() - started, frames))
+            pixels = held.pixels
+            if not keep:
+                held.pixels = None
+        for step, place, start in places:
+            if pixels is None:
+                step.miss(place, failure)
                 continue
-            pixels = decoding.result
-            if isinstance(pixels, np.ndarray):
-                good.append(pixels[window.start : window.start + span : skip])
-            elif isinstance(pixels, BaseException):
-                raise pixels
-        return self._stack(good) if good else None
+            try:
+                step.put(place, start, pixels)
+            except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
+                step.miss(place, error)
 
-    def _finish(self, begun: _Begun) -> StepBatch:
-        frames = begun.frames.result()
-        for one in begun.due:
-            if one.decoding is not None and not one.decoding.noted:
-                self._note(one, one.decoding)
+    def _finish(self, step: _Step) -> StepBatch:
+        step.complete.wait()
+        while self._decoded:
+            seconds, frames = self._decoded.popleft()
+            self._meters.decode_seconds += seconds
+            self._meters.decoded_clips += bool(frames)
+            self._meters.decoded_frames += frames
+        if step.failure is not None:
+            raise step.failure
+        frames = step.frames
+        places = list(range(len(step.windows)))
+        if step.missing:
+            for held in step.held:
+                assert held is not None, "its window was not copied"
+                self._tell_if_broken(held)
+            places = [place for place in places if place not in step.missing]
+            frames = None if frames is None else frames[places]
         if frames is None:
+            last = step.held[-1]
             raise DataError(
-                f"all {len(begun.due)} clips of rank {self._rank} at step {begun.step} are broken, the last: "
-                f"{begun.due[-1].held.error}",
+                f"all {len(step.windows)} clips of rank {self._rank} at step {step.number} are broken, the last: "
+                f"{last.error if last else ''}",
                 fix="Run jobs/ingest.py --verify on the data set, which leaves them out of the plan.",
             )
-        for one in begun.due:
-            uses = one.held.uses
-            uses[0] -= 1
-            if not uses[0]:
-                self._used_up(one.window.clip, one.held)
-        places = [place for place, one in enumerate(begun.due) if one.good]
-        ids = [begun.due[place].window.id for place in places]
-        return StepBatch(begun.step, frames, ids, places, self._actions_of(begun) if self._plan.truth else None)
+        ids = [step.windows[place].id for place in places]
+        return StepBatch(step.number, frames, ids, places, self._actions_of(step, places) if self._plan.truth else None)
 
-    def _actions_of(self, begun: _Begun) -> np.ndarray:
-        """float32 [B, T, N, S] of the step's windows, those of broken clips left out."""
-        span = self._plan.stages[self._plan.stage_of(begun.step)[0]].shape.span
-        return self._stack(
-            [one.held.row["actions"][one.window.start : one.window.start + span] for one in begun.due if one.good]
-        )
+    def _actions_of(self, step: _Step, places: list[int]) -> np.ndarray:
+        """float32 [B, T, N, S] of the step's windows at `places`."""
+        span = self._plan.stages[self._plan.stage_of(step.number)[0]].shape.span
+        starts = ((step.held[place], step.windows[place].start) for place in places)
+        parts = [held.row["actions"][start : start + span] for held, start in starts if held is not None]
+        actions = self._memory((len(parts), *parts[0].shape), parts[0].dtype)
+        return np.stack(parts, out=actions)
 
-    def _note(self, due: _Due, decoding: _Decoding) -> None:
-        """Count what decoding gave."""
-        decoding.noted = True
-        self._meters.decode_seconds += decoding.seconds
-        if isinstance(decoding.result, np.ndarray):
-            self._meters.decoded_clips += 1
-            self._meters.decoded_frames += len(decoding.result)
-        else:
-            due.held.error, decoding.failed = str(decoding.result), True
-            self._broken(due.window.clip, due.held)
-
-    def _used_up(self, key: ClipKey, held: _Held) -> None:
-        """A block's windows of a clip are done: its pixels go, so that they take no more room than a block does."""
-        held.uses.popleft()
-        held.decoding = None
-        if not held.uses:
-            del self._clips[key]
-
-    def _decode(self, decoding: _Decoding, key: ClipKey, row: dict[str, Any]) -> None:
-        """Decode a clip, in a thread of its own."""
-        started = time.perf_counter()
-        try:
-            result = self._pixels(key, row)
-        except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
-            result = error
-        decoding.set(result, time.perf_counter() - started)
-
-    def _pixels(self, key: ClipKey, row: dict[str, Any]) -> np.ndarray | str:
-        """The frames of a clip, or why there are none."""
+    def _pixels(self, key: ClipKey, row: dict[str, Any]) -> np.ndarray:
+        """The frames of a clip. Raises DataError if there are none."""
         if row["codec"] == Raw.name:  # decoded and checked by a task
             pixels = get_codec(Raw.name).decode(row["payload"], row["frames"], row["height"], row["width"])
         else:
-            try:
-                pixels = decode_clip(row, key.shard)
-            except DataError as error:
-                return error.what
+            pixels = decode_clip(row, key.shard)
         if pixels.shape[1:3] != self._plan.frame_size:
-            return f"frames are {pixels.shape[1:3]}, the manifest says {self._plan.frame_size}"
+            raise DataError(f"frames are {pixels.shape[1:3]}, the manifest says {self._plan.frame_size}")
         return pixels
 
-    def _broken(self, key: ClipKey, held: _Held) -> None:
+    def _tell_if_broken(self, held: _Held) -> None:
+        """Report a clip that cannot be used, once."""
+        if held.error is None or held.told:
+            return
+        held.told = True
+        key = held.key
         shard = next(s for s in self._plan.sources[key.source].manifest.shards if s.name == key.shard)
         row = sum(shard.row_groups[: key.row_group]) + key.row
         name = held.row.get("id")

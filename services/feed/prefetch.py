@@ -9,7 +9,6 @@ import queue
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.feed.assemble import Stack, StepBatch
+from services.feed.assemble import Memory, StepBatch
 from services.feed.meters import FeedMeters
 
 _DEPTH, _DEPTH_BYTES = 4, 256 << 20
@@ -29,51 +28,43 @@ _WORTH_KEEPING = 1 << 20
 _JOIN_SECONDS = 10.0
 _SWITCH_SECONDS = 0.0005
 
-# Decoded clips are read-only, and are only read. (A filter set where it is needed would not be safe among threads.)
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
+def memory_for(device: torch.device) -> Memory:
+    """Memory for batches on their way to a device: for a GPU page-locked, as only from such the copy can run beside
+    computation, else memory that is used again."""
+    if device.type != "cuda":
+        return _Memory().array
 
-def stack_for(device: torch.device) -> Stack:
-    """Stacks arrays with PyTorch, which lets go of Python's lock once for all of them and not for each.
+    def locked(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        # PyTorch uses such memory again itself.
+        size = math.prod(shape) * dtype.itemsize
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
 
-    For a GPU into page-locked memory: only from such can the copy run beside computation.
-    """
-    memory = _Memory()
-
-    def stack(arrays: list[np.ndarray]) -> np.ndarray:
-        shape = len(arrays), *arrays[0].shape
-        tensors = [torch.from_numpy(array) for array in arrays]
-        if device.type == "cuda":
-            out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)  # PyTorch uses such memory again itself
-        else:
-            out = torch.from_numpy(memory.array(shape, arrays[0].dtype))
-        torch.stack(tensors, out=out)
-        return out.numpy()
-
-    return stack
+    return locked
 
 
 class _Memory:
     """Arrays in memory that is used again once nothing looks at it: fresh pages cost a tenth of a batch's time."""
 
     def __init__(self) -> None:
-        self._size = 0
-        self._free: list[np.ndarray] = []
+        self._free: tuple[int, list[np.ndarray]] = 0, []
+        """Of one size, which comes first: batches keep theirs for long. One value, since many threads take from it."""
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array of what values there are."""
         size = math.prod(shape) * dtype.itemsize
         if size < _WORTH_KEEPING:
             return np.empty(shape, dtype)
-        if size != self._size:  # another stage: batches keep their size for long
-            self._size, self._free = size, []
+        of_size, free = self._free
+        if size != of_size:
+            _, free = self._free = size, []
         try:
-            memory = self._free.pop()
+            memory = free.pop()
         except IndexError:
             memory = np.empty(size, np.uint8)
         # Whatever is made of the array refers to this owner, however far removed: NumPy skips views, but not this.
         owner: Any = (ctypes.c_uint8 * size).from_buffer(memory)  # pyright: ignore[reportArgumentType] - it is a buffer
-        weakref.finalize(owner, self._free.append, memory).atexit = False
+        weakref.finalize(owner, free.append, memory).atexit = False
         return np.frombuffer(owner, dtype).reshape(shape)
 
 
@@ -97,7 +88,7 @@ class DevicePrefetcher:
     def __init__(
         self, batches: Generator[StepBatch, None, None], device: torch.device, meters: FeedMeters, batch_bytes: int
     ) -> None:
-        """batches must be stacked by `stack_for(device)`; batch_bytes is the size of the largest."""
+        """batches must lie in memory of `memory_for(device)`; batch_bytes is the size of the largest."""
         depth = max(1, min(_DEPTH, _DEPTH_BYTES // batch_bytes))
         self._batches, self._device, self._meters = batches, device, meters
         self._queue: queue.Queue[StepBatch | BaseException | None] = queue.Queue(depth)

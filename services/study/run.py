@@ -25,7 +25,7 @@ from flam_core.model import Flam
 from flam_core.saved_model import save_model, weights_to_bytes
 from flam_core.worlds import make_world
 from services.feed import Assembler, FeedPlan, FeedSource, local_steps
-from services.feed.prefetch import stack_for
+from services.feed.prefetch import memory_for
 from services.storage import resolve
 from services.study.plan import Cell, StudySettings, world_options
 from services.training.data import stage_plans
@@ -170,7 +170,7 @@ def _trained(
     stages = stage_plans(config)
     plan = FeedPlan((_source(data),), stages, config.seed, world=1, truth=config.model.latent == "true")
     trainer = Trainer(config, device, tokenizer=tokenizer)
-    assembler = Assembler(plan, 0, stack=stack_for(device))
+    assembler = Assembler(plan, 0, memory=memory_for(device))
     try:
         for batch in local_steps(plan, 0, assembler):
             if trainer.step == until:

@@ -1,7 +1,7 @@
 """An MLflow run that survives restarts.
 
-The driver opens the run, one trainer process writes its metrics, the driver closes it. A resumed run reopens the same
-MLflow run and skips steps that are already in its history, so each step is there exactly once.
+The driver opens the run, one trainer process writes its metrics through a `Journal`, the driver closes it. A resumed
+run reopens the same MLflow run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RunInfo:
     """flam's id."""
 
 
-def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+def named(metrics: Mapping[str, float]) -> dict[str, float]:
     """The same under names that MLflow takes: `rollout/psnr_at_1`."""
     return {key.replace("@", "_at_"): value for key, value in metrics.items()}
 
@@ -82,41 +82,21 @@ def open_run(
 
 
 class TrackedRun:
-    """Writes to a run that `open_run` gave. Metrics are buffered; `flush` sends them.
+    """Writes to a run that `open_run` gave, once for all: what is logged step by step goes through a `Journal`.
 
-    Every method raises EnvironmentFault if MLflow does not answer or refuses; what is buffered is not lost then.
+    Every method raises EnvironmentFault if MLflow does not answer or refuses.
     """
 
     def __init__(self, info: RunInfo) -> None:
         self.info = info
         self._client = mlflow.MlflowClient(info.tracking_uri)
-        with refusals(info.tracking_uri, "does not give the run's history"):
-            history = self._client.get_metric_history(info.run_id, STEP_METRIC)
-        self._logged = max((point.step for point in history), default=-1)
-        self._buffer: list[Metric] = []
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Buffer all metrics of a step, unless that step is in the history already."""
-        if step <= self._logged:
-            return
-        self._logged = step
-        now = int(time.time() * 1000)
-        values = {**_named(metrics), STEP_METRIC: float(step)}  # goes last: the step is complete
-        self._buffer += [Metric(key, value, now, step) for key, value in values.items()]
-
-    def flush(self) -> None:
-        """Send what is buffered."""
-        with refusals(self.info.tracking_uri, "does not take metrics"):
-            while self._buffer:
-                self._client.log_batch(self.info.run_id, metrics=self._buffer[:_BATCH])
-                del self._buffer[:_BATCH]
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Log the final metrics of the run, at step 0, replacing none of the curves; those that are there stay."""
         now = int(time.time() * 1000)
         with refusals(self.info.tracking_uri, "does not take metrics"):
             known = self._client.get_run(self.info.run_id).data.metrics
-            batch = [Metric(key, value, now, 0) for key, value in _named(metrics).items() if key not in known]
+            batch = [Metric(key, value, now, 0) for key, value in named(metrics).items() if key not in known]
             for start in range(0, len(batch), _BATCH):
                 self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
 

@@ -25,7 +25,7 @@ from flam_core.evaluation.perceptual import check_weights
 from flam_core.recipes import get_recipe
 from services.feed import CacheSettings, FeedPlan, FeedSource, flam_cause, make_dataset
 from services.storage import Location, read_bytes, resolve, write_bytes
-from services.tracking import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
+from services.tracking import Journal, RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
 from services.training import checkpoints
 from services.training.broken import merge_broken
 from services.training.data import check_frame_size, data_sha256, open_sources, parse_data, stage_plans, verify_sources
@@ -37,6 +37,8 @@ _TASK_CPUS = 0.5
 _FEED_CPUS = 0.6
 """One read task and what tells it which: the least that Ray Data needs beside the workers."""
 _OBJECT_STORE_BYTES = 1 << 30
+_DRAIN_SECONDS = 300.0
+"""For which MLflow is waited for at the end."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def train(prepared: Prepared) -> RunResult:
         tracking = _open_run(prepared, tracking_uri)
         try:
             _fit(prepared, tracking)
+            _send_journal(prepared, tracking)
             feed = json.loads(read_bytes(prepared.run / FEED_TOTALS))
             TrackedRun(tracking).summary({f"feed/total/{key}": value for key, value in feed.items()})
             done = _finish(prepared, tracking)
@@ -221,6 +224,15 @@ def _fit(prepared: Prepared, tracking: RunInfo) -> None:
             print(f"{broken} broken clips were left out: {prepared.run / 'quarantine.json'}", flush=True)
     if left := checkpoints.failure(prepared.run):
         raise left
+
+
+def _send_journal(prepared: Prepared, tracking: RunInfo) -> None:
+    """Until MLflow has all that the workers logged. Raises EnvironmentFault if it does not take it."""
+    journal = Journal(tracking, prepared.run)
+    try:
+        journal.drain(_DRAIN_SECONDS)
+    finally:
+        journal.close()
 
 
 def _check_resources(settings: TrainSettings) -> None:

@@ -19,10 +19,10 @@ from flam_core.learning.trainer import Trainer
 from flam_core.ranks import Share
 from services.feed import Assembler, FeedMeters, FeedPlan, flam_cause, steps_of
 from services.feed.meters import FeedGauges
-from services.feed.prefetch import DevicePrefetcher, stack_for
+from services.feed.prefetch import DevicePrefetcher, memory_for
 from services.feed.spill import spilled_bytes
 from services.storage import Location, read_bytes, write_bytes
-from services.tracking import RunInfo, TrackedRun
+from services.tracking import Journal, RunInfo
 from services.training import checkpoints
 from services.training.broken import BrokenClips
 from services.training.held_out import EvaluationDuring
@@ -101,12 +101,14 @@ def _run(job: WorkerJob) -> None:
         trainer.restore(saved)
         if rank == 0:
             print(f"resumed at step {trainer.step} of {trainer.total_steps}", flush=True)
-    tracked = TrackedRun(job.tracking) if rank == 0 else None
-    log = _Log(job, tracked, rank)
+    journal = Journal(job.tracking, job.run) if rank == 0 else None
+    log = _Log(job, journal, rank)
     if saved and "watch" in saved.meta:
         log.watch.restore(saved.meta["watch"])
     if trainer.step < trainer.total_steps:
         _train(job, trainer, log, rank, device)
+    if journal is not None:
+        journal.close()
     # One report at the end tells Ray Train that all ranks came through.
     ray.train.report({"step": trainer.step, "world": world})
 
@@ -118,7 +120,7 @@ def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch
         job.plan,
         rank,
         threads=_decoders(),
-        stack=stack_for(device),
+        memory=memory_for(device),
         meters=log.feed,
         on_broken=BrokenClips(job.run, job.plan, rank, job.max_bad_share),
     )
@@ -141,7 +143,7 @@ def _train(job: WorkerJob, trainer: Trainer, log: _Log, rank: int, device: torch
 
 
 def _save(trainer: Trainer, log: _Log, writer: checkpoints.Writer) -> None:
-    """All ranks must call it. What was logged is sent first, so that no committed step lacks its metrics."""
+    """All ranks must call it. What was logged is written down first, so that no committed step lacks its metrics."""
     log.flush()
     state = trainer.state()
     if state is not None:
@@ -157,9 +159,9 @@ def _decoders() -> int:
 class _Log:
     """Sums up the steps between two log lines: for Ray's metrics, and on rank 0 for MLflow and the console."""
 
-    def __init__(self, job: WorkerJob, tracked: TrackedRun | None, rank: int) -> None:
+    def __init__(self, job: WorkerJob, journal: Journal | None, rank: int) -> None:
         self.feed = FeedMeters()
-        self._job, self._tracked = job, tracked
+        self._job, self._journal = job, journal
         self._gauges = FeedGauges(job.run.path.rpartition("/")[2], rank)
         self._spilled_before = spilled_bytes()
         self._evaluation = EvaluationDuring(job.config, job.plan.sources[0])
@@ -186,8 +188,8 @@ class _Log:
         self._frames, self._steps = self._frames + clips * frames, self._steps + 1
         evaluated = self._evaluated(trainer)
         if trainer.step % _LOG_EVERY and trainer.step != trainer.total_steps:
-            if evaluated and self._tracked is not None:
-                self._tracked.log(trainer.step, evaluated)
+            if evaluated and self._journal is not None:
+                self._journal.log(trainer.step, evaluated)
             return
         values = {key: float(value) for key, value in trainer.over_ranks(measured, clips).items()}
         took = time.perf_counter() - self._started  # after the values: a GPU has then done these steps
@@ -203,18 +205,18 @@ class _Log:
         values |= feed
         values["speed/frames_per_second"] = self._frames * self._job.plan.world / took
         values["speed/seconds_per_step"] = took / self._steps
-        if self._tracked is not None:
-            self._tracked.log(trainer.step, values | evaluated)
+        if self._journal is not None:
+            self._journal.log(trainer.step, values | evaluated)
             self._print(trainer, values)
             first = 0 if "tokenizer/loss" in values else self._job.config.tokenizer_stage.steps
             for finding in self.watch.observe(trainer.step - first, values):
                 print(f"warning: {finding}", flush=True)
-                self._tracked.tag({f"finding.{finding.name}": f"step {trainer.step}: {finding.said}"})
+                self._journal.tag({f"finding.{finding.name}": f"step {trainer.step}: {finding.said}"})
         self._reset()
 
     def _evaluated(self, trainer: Trainer) -> dict[str, float]:
         """What `evaluation.during` asks for after this step, as `during/...`. The other ranks wait meanwhile."""
-        if self._tracked is None:
+        if self._journal is None:
             return {}
         begun = time.perf_counter()
         found = self._evaluation(trainer)
@@ -249,6 +251,6 @@ class _Log:
         }
 
     def flush(self) -> None:
-        """Send the metrics to MLflow, before the checkpoint that follows them is committed."""
-        if self._tracked is not None:
-            self._tracked.flush()
+        """Write the metrics down, before the checkpoint that follows them is committed."""
+        if self._journal is not None:
+            self._journal.sync()

@@ -211,9 +211,9 @@ class Tracking:
 
 
 @contextmanager
-def running_mlflow(folder: Path) -> Iterator[tuple[Tracking, subprocess.Popen[bytes]]]:
+def running_mlflow(folder: Path, port: int = 0) -> Iterator[tuple[Tracking, subprocess.Popen[bytes]]]:
     """An MLflow server on SQLite that keeps everything in `folder`, and its process, to be killed."""
-    (port,) = free_ports(1)
+    port = port or free_ports(1)[0]
     log, artifacts = folder / "log.txt", folder / "artifacts"
     options = {
         "host": "127.0.0.1",

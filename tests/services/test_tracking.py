@@ -10,7 +10,8 @@ import pytest
 
 from flam_core.errors import EnvironmentFault
 from services.registry import register
-from services.tracking import TrackedRun, open_run
+from services.storage import resolve
+from services.tracking import Journal, TrackedRun, open_run
 from tests.services.conftest import kill_group, running_mlflow
 
 pytestmark = pytest.mark.timeout(200)
@@ -24,11 +25,9 @@ def test_every_call_to_a_dead_server_is_one_clear_error(tmp_path: Path, monkeypa
     with running_mlflow(tmp_path) as (tracking, server):
         info = open_run(tracking.uri, "dies", "smoke-1", {"seed": "0"}, {})
         run = TrackedRun(info)
-        run.log(1, {"loss": 1.0})
         kill_group(server)
         calls: dict[str, Callable[[], object]] = {
-            "history": lambda: TrackedRun(info),
-            "flush": run.flush,
+            "journal": lambda: Journal(info, resolve(str(tmp_path / "run"))),
             "summary": lambda: run.summary({"rollout/psnr@1": 20.0}),
             "artifacts": lambda: run.artifacts(folder, "report"),
             "tag": lambda: run.tag({"a": "b"}),

@@ -30,7 +30,7 @@ from flam_core.data.videos import VideoOptions
 from flam_core.errors import DataError, EnvironmentFault, SettingsError
 from flam_core.worlds.grid import GridWorld
 from services.feed import Assembler, FeedMeters, FeedPlan, FeedSource, StagePlan, StepBatch
-from services.feed.prefetch import DevicePrefetcher, stack_for
+from services.feed.prefetch import DevicePrefetcher, memory_for
 from services.feed.read import Chunk, read_chunk
 from services.storage import BlockCache, resolve
 
@@ -99,10 +99,10 @@ def stored(folder: Path, made: Iterator[AnyEpisode] | list[AnyEpisode]) -> Path:
 
 
 @pytest.mark.parametrize("decode", ["worker", "task"])
-@pytest.mark.parametrize("stack", [np.stack, stack_for(torch.device("cpu"))])
-def test_actions_come_in_step_with_frames_that_stay_as_they_were(data: Path, decode: Any, stack: Any) -> None:
+@pytest.mark.parametrize("memory", [np.empty, memory_for(torch.device("cpu"))])
+def test_actions_come_in_step_with_frames_that_stay_as_they_were(data: Path, decode: Any, memory: Any) -> None:
     plan = plan_of(data, decode=decode, truth=True)
-    got = read(plan, stack=stack)
+    got = read(plan, memory=memory)
     assert same(got, read(plan_of(data, decode=decode)))
     for batch in got:
         assert batch.actions is not None
@@ -252,7 +252,7 @@ def test_windows_of_a_broken_clip_take_their_actions_with_them(data: Path, tmp_p
 def test_the_prefetcher_carries_actions(data: Path, truth: bool) -> None:
     plan, device = plan_of(data, truth=truth), torch.device("cpu")
     expected = read(plan)
-    batches = (batch for batch in read(plan, stack=stack_for(device)))
+    batches = (batch for batch in read(plan, memory=memory_for(device)))
     got = list(DevicePrefetcher(batches, device, FeedMeters(), plan.batch_bytes))
     assert len(got) == len(expected)
     for batch, known in zip(got, expected, strict=True):

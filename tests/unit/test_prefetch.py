@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from services.feed import FeedMeters
-from services.feed.assemble import StepBatch
-from services.feed.prefetch import DevicePrefetcher, stack_for
+from services.feed.assemble import Memory, StepBatch
+from services.feed.prefetch import DevicePrefetcher, memory_for
 
 CPU = torch.device("cpu")
 PARTS = [np.full((1 << 18,), value, np.uint8) for value in range(4)]
 """Stacked they are 1 MiB, from which on memory is used again."""
+
+
+def stack(memory: Memory, parts: list[np.ndarray]) -> np.ndarray:
+    return np.stack(parts, out=memory((len(parts), *parts[0].shape), parts[0].dtype))
 
 
 def address(array: np.ndarray) -> int:
@@ -23,12 +27,12 @@ def address(array: np.ndarray) -> int:
 
 
 def test_memory_is_used_again_once_nothing_looks_at_it() -> None:
-    stack = stack_for(CPU)
-    first = stack(PARTS)
+    memory = memory_for(CPU)
+    first = stack(memory, PARTS)
     where = address(first)
-    assert address(stack(PARTS)) != where
+    assert address(stack(memory, PARTS)) != where
     del first
-    assert where in {address(batch) for batch in [stack(PARTS), stack(PARTS)]}
+    assert where in {address(batch) for batch in [stack(memory, PARTS), stack(memory, PARTS)]}
 
 
 @pytest.mark.parametrize(
@@ -37,18 +41,18 @@ def test_memory_is_used_again_once_nothing_looks_at_it() -> None:
     ids=["slice", "tensor", "copy", "buffer"],
 )
 def test_what_is_made_of_a_batch_keeps_its_pixels(view) -> None:
-    stack = stack_for(CPU)
-    kept = view(stack(PARTS))
+    memory = memory_for(CPU)
+    kept = view(stack(memory, PARTS))
     before = np.array(kept)
-    others = [stack([255 - part for part in PARTS]) for _ in range(3)]
+    others = [stack(memory, [255 - part for part in PARTS]) for _ in range(3)]
     np.testing.assert_array_equal(np.array(kept), before)
     assert len({address(other) for other in others}) == 3
 
 
 def test_batches_of_other_sizes_and_types_follow_one_another() -> None:
-    stack = stack_for(CPU)
+    memory = memory_for(CPU)
     for parts in (PARTS, [part[:16] for part in PARTS], [part.astype(np.float32) for part in PARTS], PARTS[:2], PARTS):
-        np.testing.assert_array_equal(stack(parts), np.stack(parts))
+        np.testing.assert_array_equal(stack(memory, parts), np.stack(parts))
 
 
 def test_the_collector_forgets_nothing_after_a_feed() -> None:
