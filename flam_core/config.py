@@ -370,6 +370,9 @@ class Config:
     weight_mean: float = 0.0
     """Of the weights, the exponential moving average with this decay, such as 0.999, is what is evaluated and kept
     (EMA). 0: the weights of the last step."""
+    spike_factor: float = 10.0
+    """A loss above so many times the median of the latest 100, and three times the largest of them, is a spike: the run
+    goes back to the checkpoint before it and leaves the batch out. 0: only a loss that is not finite is one."""
     seed: int = 0
     """Seeds weights, sample order and noise."""
     checkpoint_every: int = 250
@@ -387,6 +390,8 @@ class Config:
             )
         if not 0 <= self.weight_mean < 1:
             raise SettingsError(f"weight_mean = {self.weight_mean}", fix="It is a decay: 0 (none) to below 1.")
+        if self.spike_factor != 0 and self.spike_factor < 1:
+            raise SettingsError(f"spike_factor = {self.spike_factor}", fix="Use 1 or more, or 0 for none.")
         if self.checkpoint_every < 1:
             raise SettingsError(f"checkpoint_every = {self.checkpoint_every}", fix="It must be at least 1.")
         if self.flam_stage.clip_frames < 2:

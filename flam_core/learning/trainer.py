@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -66,10 +66,12 @@ class Trainer:
         tokenizer: bytes | None = None,
         compiled: bool = False,
         recomputed: bool = False,
+        on_stage: Callable[[Literal["backward", "optimiser"]], None] = lambda _stage: None,
     ) -> None:
         """`wrap` makes a stage's module distributed (DDP); by default it stays as it is. `tokenizer`: the weights that
         `config.tokenizer_sha256` speaks of. `compiled`: by `torch.compile`. `recomputed`: keep no activations of blocks
-        for the backward pass. Raises DataError if the tokenizer is another."""
+        for the backward pass. `on_stage` is told what a step goes on to, after its forward pass. Raises DataError if
+        the tokenizer is another."""
         torch.manual_seed(config.seed)
         self.config, self.device, self.share = config, device, share or Share()
         self.model = Flam(config.tokenizer, config.model).to(device)
@@ -88,6 +90,7 @@ class Trainer:
         ranks' numbers add up to that of one rank alone."""
         self._wrap: Wrap = wrap or (lambda module: module)
         self._compiled = compiled
+        self._on_stage = on_stage
         self._prepared_stage = -1
         self._module: nn.Module = self.model
         self._optimizer: torch.optim.Optimizer | None = None
@@ -136,11 +139,11 @@ class Trainer:
             group["lr"] = 0.0 if hold else rate
         self.model.train()
         latent = self.model.dynamics.latent if self.stage == 1 else None
-        waits = self.config.loss.codebook_warmup * stage.steps  # of a codebook, for the dynamics
         if isinstance(latent, VQLatent):
-            latent.quantising = local >= waits
+            latent.quantising = local >= self._codes_wait()
         self._optimizer.zero_grad(set_to_none=True)
         meters = self._backward(frames_u8, true_actions, clips, latent)
+        self._on_stage("optimiser")
         norm = nn.utils.clip_grad_norm_(self._main, stage.clip_norm)
         # On its own: its likelihood is of another size than the loss, and would set the pace for everything else.
         nn.utils.clip_grad_norm_(self._of_prior, stage.clip_norm)
@@ -151,9 +154,8 @@ class Trainer:
                 fix="Lower the learning_rate or the clip_norm of the stage.",
             )
         self._optimizer.step()
+        self._start_codes_if_due()
         if isinstance(latent, VQLatent):
-            if local < waits <= local + 1:
-                latent.start_codes(gathered(latent.seen()), self.config.seed)
             latent.after_step()
         if self._mean is not None:
             self._mean.update()
@@ -161,6 +163,23 @@ class Trainer:
             self.consumed = (self.consumed + _hash(self.step, place, name_of_clip)) % _CONSUMED
         self.step += 1
         return meters | {f"{name}/grad_norm": norm, f"{name}/lr": torch.tensor(rate)}
+
+    def pass_over(self, frames_u8: Tensor) -> None:
+        """Leave the step of these frames out: it counts, and no weight learns from it."""
+        self._prepare(frames_u8)
+        self._start_codes_if_due()
+        self.step += 1
+
+    def _codes_wait(self) -> float:
+        """Steps of stage 2 in which the dynamics see latent actions that are not quantised yet."""
+        return self.config.loss.codebook_warmup * self.config.flam_stage.steps
+
+    def _start_codes_if_due(self) -> None:
+        """Place a codebook's codes after the last step without it."""
+        latent = self.model.dynamics.latent if self.stage == 1 else None
+        local = self._stage_config()[1]
+        if isinstance(latent, VQLatent) and local < self._codes_wait() <= local + 1:
+            latent.start_codes(gathered(latent.seen()), self.config.seed)
 
     def _backward(
         self, frames_u8: Tensor, true_actions: Tensor | None, clips: list[int], latent: nn.Module | None
@@ -179,6 +198,7 @@ class Trainer:
                 loss, meters = self._loss(
                     frames_u8[part], local / stage.steps, None if true_actions is None else true_actions[part]
                 )
+                self._on_stage("backward")
                 # Ranks take the mean of their gradients: weighted so, it is that of the whole batch's mean loss. A clip
                 # that is left out weighs nothing.
                 (loss * (len(clips[part]) * self.share.world / stage.batch_clips)).backward()

@@ -89,6 +89,15 @@ class Progress:
             print(f"{self._what}: {done}{f' of {total}' if total else ''} frames", flush=True)
 
 
+def live_line() -> Callable[[str], None]:
+    """Shows a line in place of the one before on a terminal; in a log, nothing."""
+    if not sys.stdout.isatty():
+        return lambda _line: None
+    status = Console().status("")
+    status.start()
+    return lambda line: status.update(line)
+
+
 def table(title: str, rows: Mapping[str, str]) -> None:
     """Print a two-column table."""
     drawn = Table(title=title, show_header=False, title_justify="left")

@@ -8,5 +8,16 @@ that fails for a reason that passes is sent again, for FLAM_STORAGE_RETRY_SECOND
 from services.storage.cache import BlockCache, shared_cache
 from services.storage.location import Location, resolve
 from services.storage.objects import download, exists, read_bytes, write_bytes
+from services.storage.retry import CHAOS_SHARE
 
-__all__ = ["BlockCache", "Location", "download", "exists", "read_bytes", "resolve", "shared_cache", "write_bytes"]
+__all__ = [
+    "CHAOS_SHARE",
+    "BlockCache",
+    "Location",
+    "download",
+    "exists",
+    "read_bytes",
+    "resolve",
+    "shared_cache",
+    "write_bytes",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,6 +26,9 @@ LONGEST_WAIT_SECONDS = 10.0
 DENIED_RETRIES = 2
 """How often a 403 is asked again where an earlier request was served."""
 
+CHAOS_SHARE = "FLAM_CHAOS_S3_503"
+"""Environment variable: the share of requests that is answered with 503 without being sent (`--chaos s3-503`)."""
+
 T = TypeVar("T")
 
 
@@ -38,6 +43,8 @@ def retried(request: Callable[[], T], *, seconds: float, served_before: bool = F
 
     def send() -> T:
         counters.add(requests=1)
+        if random.random() < _chaos_share():
+            raise OSError("AWS Error SLOW_DOWN (HTTP status 503): chaos")
         return request()
 
     def helps(error: BaseException) -> bool:
@@ -63,6 +70,10 @@ def retried(request: Callable[[], T], *, seconds: float, served_before: bool = F
         text = " ".join(str(last).split())
         said = f"{text} after {tries} {'try' if tries == 1 else 'tries'} in {time.monotonic() - started:.0f} s"
         raise GaveUp(said) from last
+
+
+def _chaos_share() -> float:
+    return float(os.environ.get(CHAOS_SHARE, "0"))
 
 
 def _count(state: RetryCallState) -> None:

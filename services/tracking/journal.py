@@ -8,8 +8,8 @@ the time at which it was logged, and from there to MLflow. Training never waits 
 - nothing comes twice: a step that the journal has is not taken again, and a segment that is sent again (the process was
   killed between sending and noting it) has the times it had, and MLflow drops rows that it has already.
 
-This module knows nothing of FLAM. It serves any Ray Train job: open one on rank 0, `log` from the train function, `sync`
-before a checkpoint is committed, `drain` in the driver.
+This module knows nothing of FLAM. It serves any Ray Train job: open one on rank 0, `log` from the train function,
+`sync` before a checkpoint is committed, `drain` in the driver.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Journal:
         self._unsent: list[tuple[int, list[Line]]] = []
         self._away: EnvironmentFault | None = None
         self._closed = False
+        self._away_until = 0.0
         cursor = run / "journal" / _CURSOR
         sent: int = json.loads(read_bytes(cursor))["segments"] if exists(cursor) else 0
         self._last_segment = sent
@@ -139,6 +140,10 @@ class Journal:
                     fix="They are kept in the run's folder: the same command sends them.",
                 )
 
+    def pretend_away(self, seconds: float) -> None:
+        """From now on behave as if MLflow did not answer for so long (`--chaos mlflow-down`)."""
+        self._away_until = time.monotonic() + seconds
+
     def close(self) -> None:
         """Write down what is left and end the thread. What MLflow has not taken stays for the next to open it."""
         try:
@@ -175,6 +180,8 @@ class Journal:
             if self._away is not None:
                 check_server(self.info.tracking_uri)  # one quick question, where a call would be tried for minutes
             with refusals(self.info.tracking_uri, "does not take metrics", fix=_KEPT):
+                if time.monotonic() < self._away_until:
+                    raise ConnectionError("chaos: it is down")
                 metrics = [
                     Metric(key, value, line.time_ms, line.step or 0)
                     for line in lines

@@ -91,12 +91,13 @@ class TrackedRun:
         self.info = info
         self._client = mlflow.MlflowClient(info.tracking_uri)
 
-    def summary(self, metrics: Mapping[str, float]) -> None:
-        """Log the final metrics of the run, at step 0, replacing none of the curves; those that are there stay."""
+    def summary(self, metrics: Mapping[str, float], *, again: bool = False) -> None:
+        """Log the final metrics of the run, at step 0, replacing none of the curves; those that are there stay, or with
+        `again` get another point."""
         now = int(time.time() * 1000)
         with refusals(self.info.tracking_uri, "does not take metrics"):
             known = self._client.get_run(self.info.run_id).data.metrics
-            batch = [Metric(key, value, now, 0) for key, value in named(metrics).items() if key not in known]
+            batch = [Metric(key, value, now, 0) for key, value in named(metrics).items() if again or key not in known]
             for start in range(0, len(batch), _BATCH):
                 self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
 

@@ -1,5 +1,7 @@
 """Training: the driver's side of a run on Ray Train, and what each worker does."""
 
-from services.training.launch import RunResult, TrainSettings, prepare, train
+from services.training.launch import RunResult, train
+from services.training.prepare import Prepared, prepare
+from services.training.settings import TrainSettings
 
-__all__ = ["RunResult", "TrainSettings", "prepare", "train"]
+__all__ = ["Prepared", "RunResult", "TrainSettings", "prepare", "train"]

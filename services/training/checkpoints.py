@@ -12,12 +12,14 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from flam_core.config import Config
 from flam_core.config_json import canonical_json, differing_fields, from_dict, to_dict
-from flam_core.errors import DataError, FlamError, SettingsError, pack, unpack
+from flam_core.errors import DataError, SettingsError
 from flam_core.learning.trainer import TrainState
 from services.storage import Location, exists, read_bytes, write_bytes
 
@@ -88,10 +90,12 @@ class Writer:
         self.seconds = 0.0
         """That saving took, beside the training."""
 
-    def save(self, state: TrainState, score: float | None = None) -> None:
-        """Begin to save, once the checkpoint before is committed."""
+    def save(
+        self, state: TrainState, score: float | None = None, *, then: Callable[[int], None] = lambda _step: None
+    ) -> None:
+        """Begin to save, once the checkpoint before is committed. `then` is told the step once this one is."""
         self.wait()
-        self._thread = threading.Thread(target=self._save, args=(state, score), name="checkpoint")
+        self._thread = threading.Thread(target=self._save, args=(state, score, then), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -103,11 +107,12 @@ class Writer:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _save(self, state: TrainState, score: float | None) -> None:
+    def _save(self, state: TrainState, score: float | None, then: Callable[[int], None]) -> None:
         begun = time.perf_counter()
         try:
             save(self._run, state, keep=self._keep, score=score)
             self.committed = state.meta["step"]
+            then(self.committed)
         except BaseException as error:  # noqa: BLE001 - raised where the next checkpoint is saved
             self._failure = error
         self.seconds += time.perf_counter() - begun
@@ -136,8 +141,20 @@ def newest(run: Location) -> TrainState | None:
 
 def newest_step(run: Location) -> int:
     """The step that `newest` resumes from; 0 if there is none. The feed must start where the trainer does."""
+    return newest_meta(run).get("step", 0)
+
+
+def newest_meta(run: Location) -> dict[str, Any]:
+    """What `newest` says beside the weights; empty if there is none."""
     saved = newest(run)
-    return saved.meta["step"] if saved else 0
+    return saved.meta if saved else {}
+
+
+def forget_after(run: Location, step: int) -> None:
+    """Forget the checkpoints of more than `step` steps: what they hold is spoilt."""
+    known = _read_index(run)
+    best = known.best if known.best and known.best.step <= step else None
+    _write_index(run, _Index([one for one in known.steps if one <= step], best))
 
 
 def stored_config(run: Location) -> Config:
@@ -168,24 +185,6 @@ def claim(run: Location, config: Config, manifest_sha256: str) -> None:
             f"run {run} was started with other settings: {', '.join(changed)}",
             fix="Use the settings it was started with, or leave out --resume for a run of its own.",
         )
-
-
-def leave_failure(run: Location, error: FlamError) -> None:
-    """Leave an error in the run's folder for the driver to raise."""
-    write_bytes(run / "failure.json", pack(error).encode())
-
-
-def failure(run: Location) -> FlamError | None:
-    """The error that a worker left, if any."""
-    if not exists(run / "failure.json"):
-        return None
-    return unpack(read_bytes(run / "failure.json").decode())
-
-
-def clear_failure(run: Location) -> None:
-    """Forget the error of an earlier attempt."""
-    if exists(run / "failure.json"):
-        run.fs.delete_file((run / "failure.json").path)
 
 
 def _read_index(run: Location) -> _Index:

@@ -25,7 +25,7 @@ from services.training.broken import add_broken
 from services.training.held_out import evaluate_on
 
 if TYPE_CHECKING:
-    from services.training.launch import Prepared
+    from services.training.prepare import Prepared
 
 
 @dataclass(frozen=True)

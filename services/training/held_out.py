@@ -39,6 +39,10 @@ class EvaluationDuring:
         self._config, self._source = config, source
         self._clips: tuple[list[HeldOutClip], list[HeldOutClip], list[HeldOutClip]] | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether anything is to be measured after so many steps of the run."""
+        return bool(due(self._config.evaluation, step - self._config.tokenizer_stage.steps))
+
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """The metrics that are due after the step just done; mostly none."""
         config = self._config.evaluation

@@ -11,7 +11,9 @@ from flam_core.errors import SettingsError
 from flam_core.saved_model import weights_to_bytes
 from flam_core.variants import TRUE_ACTIONS, apply_variant
 from services.feed import Decode, FeedSource
+from services.training.chaos import parse_chaos
 from services.training.data import describe_actions
+from services.training.elastic import parse_workers
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class TrainSettings:
     """MLflow's address; default MLFLOW_TRACKING_URI, else an SQLite file beside the outputs."""
     experiment: str = "flam"
     """MLflow experiment."""
-    workers: int = 1
-    """Ray Train workers (data-parallel ranks)."""
+    workers: str = "1"
+    """Ray Train workers (data-parallel ranks): a number, or a range such as 2:8 for as many as there is room for."""
     worker_cpus: float = 1.0
     """Logical CPUs of each worker. Ray Data needs some beside them."""
     threads: int = 0
@@ -65,10 +67,20 @@ class TrainSettings:
     """Compute activations again for the backward pass instead of keeping them: less memory, a third more time."""
     register: bool = True
     """Register the model in MLflow."""
+    stall_seconds: float = 60.0
+    """A worker that does not go on for so long, or for 20 steps if that is longer, is ended and started anew."""
+    max_restarts: int = 5
+    """How often in a row workers may end without a new checkpoint before the run gives up."""
+    chaos: str = ""
+    """Faults to bring about, such as kill:0@40,mlflow-down@100 (docs/reliability.md)."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise SettingsError(f"workers = {self.workers}", fix="Use 1 or more.")
+        parse_workers(self.workers)
+        parse_chaos(self.chaos)
+        if self.stall_seconds <= 0:
+            raise SettingsError(f"stall_seconds = {self.stall_seconds}", fix="Use a number above 0.")
+        if self.max_restarts < 0:
+            raise SettingsError(f"max_restarts = {self.max_restarts}", fix="Use 0 or more.")
         if self.keep < 1:
             raise SettingsError(f"keep = {self.keep}", fix="Use 1 or more.")
         if self.clips_at_a_time < 0:

@@ -447,18 +447,6 @@ def test_checkpoints_of_a_lost_storage_are_not_taken_for_none(
     ):
         use(monkeypatch, variables | {"FLAM_STORAGE_RETRY_SECONDS": "2"})
         lost = resolve(place.uri, check=False)
-        for ask in (checkpoints.newest, checkpoints.newest_step, checkpoints.failure):
+        for ask in (checkpoints.newest, checkpoints.newest_step):
             with pytest.raises(EnvironmentFault):
                 ask(lost)
-
-
-def test_a_worker_s_error_reaches_the_driver(place: Location) -> None:
-    assert checkpoints.failure(place) is None
-    error = DataError("shard 3 is damaged", fix="Restore it.")
-    checkpoints.leave_failure(place, error)
-    found = checkpoints.failure(place)
-    assert isinstance(found, DataError)
-    assert (found.what, found.fix, found.exit_code) == (error.what, error.fix, 4)
-    checkpoints.clear_failure(place)
-    checkpoints.clear_failure(place)
-    assert checkpoints.failure(place) is None
