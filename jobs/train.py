@@ -2,6 +2,8 @@
 
     python jobs/train.py [recipe] [--field value ...]
     python jobs/train.py tiny --data data/grid --model.factors 8
+    python jobs/train.py --list
+    python jobs/train.py --follow RUN
     ray job submit --working-dir . -- python jobs/train.py multigrid --data s3://bucket/multigrid --gpu --workers 8
 
 The same command again resumes. Recipes: tiny, smoke, multigrid. Errors end with the exit codes of docs/errors.md.
@@ -10,6 +12,8 @@ The same command again resumes. Recipes: tiny, smoke, multigrid. Errors end with
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +26,7 @@ from flam_core.config import Config
 from flam_core.errors import SettingsError
 from flam_core.recipes import get_recipe
 from services.console import run_program, table
-from services.training import RunResult, TrainSettings, prepare, train
+from services.training import RunResult, RunState, TrainSettings, follow, list_runs, prepare, train
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Arguments:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
+    list: bool = False
+    """Show the runs of the experiment, and train nothing."""
+    follow: str | None = None
+    """Show what the run of this id logs, until it ends, and train nothing."""
 
 
 def from_recipe(words: list[str]) -> Arguments:
@@ -45,10 +53,30 @@ def from_recipe(words: list[str]) -> Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    """Check everything, then train."""
+    """Check everything, then train; or show other runs."""
+    if arguments.list:
+        show_runs(list_runs(arguments.settings))
+        return
+    if arguments.follow is not None:
+        for line in follow(arguments.settings, arguments.follow):
+            print(line, flush=True)
+        return
     prepared = prepare(arguments.config, arguments.settings)
     print(f"run {prepared.run_id}: {prepared.manifest.name}, {prepared.manifest.frames} frames", flush=True)
     show(train(prepared))
+
+
+def show_runs(runs: Sequence[RunState]) -> None:
+    """A row for each."""
+    table(
+        f"{len(runs)} runs",
+        {
+            run.run_id: f"{run.state:<11}  step {'?' if run.step is None else run.step} of {run.total or '?'}  "
+            f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(run.started))}  "
+            f"{'' if run.psnr is None else f'{run.psnr:.2f} dB'}  {run.folder}"
+            for run in runs
+        },
+    )
 
 
 def show(result: RunResult) -> None:
@@ -67,6 +95,9 @@ def show(result: RunResult) -> None:
     rows["spilled"] = f"{result.feed['spilled_bytes']:.0f} bytes"
     if result.feed["broken_clips"]:
         rows["broken clips"] = f"{result.feed['broken_clips']:.0f} left out: {result.run / 'quarantine.json'}"
+    wall = sum(result.goodput.values()) or 1.0
+    shares = sorted(result.goodput.items(), key=lambda item: -item[1])
+    rows["time"] = f"{wall:.0f} s: " + ", ".join(f"{k.replace('_', ' ')} {v / wall:.0%}" for k, v in shares if v > 0)
     rows["report"] = str(result.outputs / "report.html")
     rows["model"] = result.model_address or str(result.outputs / "model")
     table(f"run {result.run_id}", rows)

@@ -1,15 +1,26 @@
 """Tracking: one MLflow run per logical flam run, reopened on resume, with no step logged twice."""
 
 from services.tracking.journal import Journal, Line, segments
-from services.tracking.run import RunInfo, TrackedRun, check_server, default_tracking_uri, open_run, refusals
+from services.tracking.run import (
+    KnownRun,
+    RunInfo,
+    TrackedRun,
+    check_server,
+    default_tracking_uri,
+    known_runs,
+    open_run,
+    refusals,
+)
 
 __all__ = [
     "Journal",
+    "KnownRun",
     "Line",
     "RunInfo",
     "TrackedRun",
     "check_server",
     "default_tracking_uri",
+    "known_runs",
     "open_run",
     "refusals",
     "segments",

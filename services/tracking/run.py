@@ -81,6 +81,44 @@ def open_run(
     return RunInfo(tracking_uri, experiment, run_id, name)
 
 
+@dataclass(frozen=True)
+class KnownRun:
+    """A run of flam in MLflow."""
+
+    name: str
+    """flam's id."""
+    status: str
+    """MLflow's: RUNNING, FINISHED, FAILED or KILLED."""
+    folder: str
+    """Where it keeps its checkpoints."""
+    started: float
+    """Unix time."""
+    metrics: Mapping[str, float]
+    """The latest of each, by MLflow's names."""
+
+
+def known_runs(tracking_uri: str, experiment: str, *, at_most: int = 100) -> list[KnownRun]:
+    """The runs of an experiment, newest first. Raises EnvironmentFault if MLflow does not answer."""
+    check_server(tracking_uri)
+    with refusals(tracking_uri, "does not list runs", fix="Check --tracking or MLFLOW_TRACKING_URI."):
+        client = mlflow.MlflowClient(tracking_uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return []
+        runs = client.search_runs([found.experiment_id], order_by=["attributes.start_time DESC"], max_results=at_most)
+    return [
+        KnownRun(
+            run.data.tags[_RUN_TAG],
+            run.info.status,
+            run.data.tags.get("run_folder", ""),
+            run.info.start_time / 1000,
+            run.data.metrics,
+        )
+        for run in runs
+        if _RUN_TAG in run.data.tags
+    ]
+
+
 class TrackedRun:
     """Writes to a run that `open_run` gave, once for all: what is logged step by step goes through a `Journal`.
 

@@ -139,6 +139,11 @@ def newest(run: Location) -> TrainState | None:
     return None
 
 
+def committed_step(run: Location) -> int:
+    """The newest step that `index.json` names; 0 if it names none. Unlike `newest_step`, reads no weights."""
+    return max(_read_index(run).steps, default=0)
+
+
 def newest_step(run: Location) -> int:
     """The step that `newest` resumes from; 0 if there is none. The feed must start where the trainer does."""
     return newest_meta(run).get("step", 0)

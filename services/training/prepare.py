@@ -58,8 +58,8 @@ def home() -> Path:
 
 def prepare(config: Config, settings: TrainSettings) -> Prepared:
     """Check settings against data and storage. Raises FlamError with the reason if they do not fit."""
-    storage = resolve(_at_home(settings.storage))
-    places = [(_at_home(place), weight) for place, weight in parse_data(settings.data)]
+    storage = resolve(at_home(settings.storage))
+    places = [(at_home(place), weight) for place, weight in parse_data(settings.data)]
     sources = open_sources(places, max_bad_share=settings.max_bad_share)
     config, tokenizer = settle(config, settings, sources)
     if settings.resume:
@@ -97,7 +97,7 @@ def _run_id(config: Config, data: str, fresh: bool) -> str:
     return f"{run_id}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _at_home(address: str) -> str:
+def at_home(address: str) -> str:
     return address if "://" in address else str(home() / Path(address).expanduser())
 
 
