@@ -6,8 +6,10 @@
     python jobs/bench.py order --json order.json
     python jobs/bench.py model --json model.json
     python jobs/bench.py model --recipes multigrid --clips 2 --no_compile
+    python jobs/bench.py chaos --kills 20 --json chaos.json
+    python jobs/bench.py overhead --json overhead.json
 
-docs/performance.md explains each number, and holds those that were measured.
+docs/performance.md and docs/reliability.md explain each number, and hold those that were measured.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/bench.py` puts only jobs/ on the path
 
+from services.bench.chaos import ChaosBenchSettings, bench_chaos
 from services.bench.feed import FeedBenchSettings, bench_feed
 from services.bench.model import ModelBenchSettings, bench_model, rows
 from services.bench.order import OrderBenchSettings, bench_order
+from services.bench.overhead import OverheadSettings, bench_overhead
 from services.console import run_program, table
 
 
@@ -56,6 +60,24 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Chaos:
+    """Runs that are killed and resized, beside one that is left alone."""
+
+    json: Path | None = None
+    """Where the numbers go, as JSON."""
+    settings: Annotated[ChaosBenchSettings, tyro.conf.arg(name="")] = field(default_factory=ChaosBenchSettings)
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """A run's steps beside a bare PyTorch loop over the same batches."""
+
+    json: Path | None = None
+    """Where the numbers go, as JSON."""
+    settings: Annotated[OverheadSettings, tyro.conf.arg(name="")] = field(default_factory=OverheadSettings)
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What `jobs/bench.py` takes."""
 
@@ -63,6 +85,8 @@ class Arguments:
         Annotated[Feed, tyro.conf.subcommand("feed")]
         | Annotated[Order, tyro.conf.subcommand("order")]
         | Annotated[Model, tyro.conf.subcommand("model")]
+        | Annotated[Chaos, tyro.conf.subcommand("chaos")]
+        | Annotated[Overhead, tyro.conf.subcommand("overhead")]
     ]
 
 
@@ -76,11 +100,19 @@ def main(arguments: Arguments) -> None:
     table(f"bench {type(what).__name__.lower()}", rows(result) if isinstance(what, Model) else flat(result))
 
 
-def measure(what: Feed | Order | Model) -> dict[str, Any]:
+def measure(what: Feed | Order | Model | Chaos | Overhead) -> dict[str, Any]:
     """What was asked for, as plain JSON."""
-    if isinstance(what, Feed):
-        return bench_feed(what.settings)
-    return bench_order(what.settings) if isinstance(what, Order) else bench_model(what.settings)
+    match what:
+        case Feed():
+            return bench_feed(what.settings)
+        case Order():
+            return bench_order(what.settings)
+        case Model():
+            return bench_model(what.settings)
+        case Chaos():
+            return bench_chaos(what.settings)
+        case Overhead():
+            return bench_overhead(what.settings)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

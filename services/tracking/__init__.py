@@ -8,6 +8,7 @@ from services.tracking.run import (
     check_server,
     default_tracking_uri,
     known_runs,
+    logged_steps,
     open_run,
     refusals,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "check_server",
     "default_tracking_uri",
     "known_runs",
+    "logged_steps",
     "open_run",
     "refusals",
     "segments",

@@ -119,6 +119,20 @@ def known_runs(tracking_uri: str, experiment: str, *, at_most: int = 100) -> lis
     ]
 
 
+def logged_steps(tracking_uri: str, experiment: str, name: str) -> list[int]:
+    """The steps that MLflow has of the flam run `name`, in order, each as often as it has it.
+
+    Raises EnvironmentFault if MLflow does not answer or knows no such run.
+    """
+    with refusals(tracking_uri, "does not give the run's history"):
+        client = mlflow.MlflowClient(tracking_uri)
+        found = client.get_experiment_by_name(experiment)
+        runs = client.search_runs([found.experiment_id], f"tags.`{_RUN_TAG}` = '{name}'") if found else []
+        if len(runs) != 1:
+            raise EnvironmentFault(f"MLflow at {tracking_uri} has {len(runs)} runs {name}", fix="There should be one.")
+        return sorted(point.step for point in client.get_metric_history(runs[0].info.run_id, STEP_METRIC))
+
+
 class TrackedRun:
     """Writes to a run that `open_run` gave, once for all: what is logged step by step goes through a `Journal`.
 

@@ -112,6 +112,7 @@ class Writer:
         try:
             save(self._run, state, keep=self._keep, score=score)
             self.committed = state.meta["step"]
+            print(f"committed step {self.committed} ({time.perf_counter() - begun:.2f} s)", flush=True)
             then(self.committed)
         except BaseException as error:  # noqa: BLE001 - raised where the next checkpoint is saved
             self._failure = error

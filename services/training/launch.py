@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,27 @@ def _train_and_finish(
     )
 
 
+def run_with(prepared: Prepared, function: Callable[[dict[str, Any]], None]) -> None:
+    """Run a train function other than training's on what a run has, for benchmarks: nothing is evaluated or registered.
+
+    Raises TrainingFailed if it fails, EnvironmentFault for anything outside that is missing.
+    """
+    started = connect(prepared.settings)
+    try:
+        check_resources(prepared.settings)
+        checkpoints.claim(prepared.run, prepared.config, data_sha256(prepared.sources))
+        tracking = _open_run(prepared, prepared.settings.tracking or default_tracking_uri(home()))
+        control = start_control(prepared.run_id)
+        try:
+            _trainer(prepared, tracking, control, function).fit()
+        except Exception as error:
+            failure = _failure(control)
+            raise (unpack(failure) if failure else _failed(error)) from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
 def _open_run(prepared: Prepared, tracking_uri: str) -> RunInfo:
     config = prepared.config
     return open_run(
@@ -172,7 +194,9 @@ def _fit(prepared: Prepared, tracking: RunInfo, lease: Lease, goodput: Goodput, 
         )
 
 
-def _trainer(prepared: Prepared, tracking: RunInfo, control: Any) -> TorchTrainer:
+def _trainer(
+    prepared: Prepared, tracking: RunInfo, control: Any, function: Callable[[dict[str, Any]], None] = train_worker
+) -> TorchTrainer:
     settings, plan, workers = prepared.settings, prepared.plan, parse_workers(prepared.settings.workers)
     cpus = ray.cluster_resources().get("CPU", 0)
     job = WorkerJob(
@@ -201,7 +225,7 @@ def _trainer(prepared: Prepared, tracking: RunInfo, control: Any) -> TorchTraine
         ),
     )
     return TorchTrainer(
-        train_worker,
+        function,
         train_loop_config={"job": job},
         datasets={"train": nothing},
         dataset_config=data,

@@ -6,7 +6,9 @@ import json
 import os
 import time
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import ray
 import ray.train
@@ -61,9 +63,19 @@ def train_worker(settings: dict[str, WorkerJob]) -> None:
 
 
 def _run(job: WorkerJob) -> None:
-    """Order on resume: weights, optimiser, step (all from one commit), then the feed from that step on.
+    """Steps until the end, or until the run is told to stop."""
+    with opened(job) as training:
+        training.run()
+    # One report at the end tells Ray Train that all ranks came through.
+    ray.train.report({"step": training.trainer.step, "world": training.heart.world})
 
-    The sample order and the noise follow from the step.
+
+@contextmanager
+def opened(job: WorkerJob) -> Iterator[Training]:
+    """This rank's part of the run, at the newest committed step: heart, journal and trainer.
+
+    Order on resume: weights, optimiser, step (all from one commit), then the feed from that step on. The sample order
+    and the noise follow from the step.
     """
     context = ray.train.get_context()
     # A core is left to Ray Data: with as many threads as cores, PyTorch's wait for one another most of the time.
@@ -83,16 +95,11 @@ def _run(job: WorkerJob) -> None:
     journal = Journal(job.tracking, job.run) if rank == 0 else None
     try:
         trainer = _trainer(job, heart, rank, world)
-        log = TrainLog(job, plan, journal, heart)
-        training = _Training(job, plan, trainer, log, heart, journal)
-        if trainer.step < trainer.total_steps:
-            training.run()
+        yield Training(job, plan, trainer, TrainLog(job, plan, journal, heart), heart, journal)
     finally:
         heart.close()
         if journal is not None:
             journal.close()
-    # One report at the end tells Ray Train that all ranks came through.
-    ray.train.report({"step": trainer.step, "world": world})
 
 
 def _trainer(job: WorkerJob, heart: Heart, rank: int, world: int) -> Trainer:
@@ -138,79 +145,90 @@ def _reads(plan: FeedPlan, step: int, rank: int) -> str:
     return ", ".join(sorted({f"{plan.sources[w.clip.source].data}/{w.clip.shard}" for w in windows}))
 
 
-@dataclass
-class _Training:
+class Training:
     """The steps of one rank."""
 
-    job: WorkerJob
-    plan: FeedPlan
-    trainer: Trainer
-    log: TrainLog
-    heart: Heart
-    journal: Journal | None
+    def __init__(
+        self, job: WorkerJob, plan: FeedPlan, trainer: Trainer, log: TrainLog, heart: Heart, journal: Journal | None
+    ) -> None:
+        self.job, self.plan, self.trainer, self.log, self.heart = job, plan, trainer, log, heart
+        self._journal = journal
+        self._chaos = Chaos(job.run, parse_chaos(",".join(job.chaos)), heart.rank, heart.world, job.control)
+        self._writer = checkpoints.Writer(job.run, job.keep)
+        self._spoilt = {step for one in read_spoilt(job.run) for step in one.steps}
+        self._asked_at = time.monotonic()
+        self._preempted = self._stopped = False
+        self._restore_meta()
 
     def run(self) -> None:
         """Until the end, or until this run is told to stop.
 
         Raises WentBack if a step spoilt the weights, Preempted if a node is about to go and all is committed.
         """
-        job, trainer, rank = self.job, self.trainer, self.heart.rank
-        self.chaos = Chaos(job.run, parse_chaos(",".join(job.chaos)), rank, self.heart.world, job.control)
-        self.writer = checkpoints.Writer(job.run, job.keep)
-        self.spoilt = {step for one in read_spoilt(job.run) for step in one.steps}
-        self._restore_meta()
-        self._asked_at = time.monotonic()
-        assembler = Assembler(
-            self.plan,
-            rank,
-            threads=_decoders(),
-            memory=memory_for(trainer.device),
-            meters=self.log.feed,
-            on_broken=BrokenClips(job.run, self.plan, rank, job.max_bad_share),
-        )
-        shard = ray.train.get_dataset_shard("train")
-        assert shard is not None, "the trainer is always given a train data set"
-        batches = steps_of(shard, self.plan, trainer.step, assembler, rank)
-        try:
-            for batch in DevicePrefetcher(batches, trainer.device, self.log.feed, self.plan.batch_bytes):
-                self.log.begin()
-                stop = self._step(batch)
-                if stop or trainer.step % job.config.checkpoint_every == 0 or trainer.step == trainer.total_steps:
-                    self._save()
-                if stop:
-                    break
-                self.heart.step(trainer.step)
-            self.heart.stage("checkpoint")
-            self.writer.wait()
-        finally:
-            assembler.close()
+        trainer = self.trainer
+        if trainer.step == trainer.total_steps:
+            return
+        for batch in self.batches():
+            if self.step(batch):
+                break
+        self.heart.stage("checkpoint")
+        self._writer.wait()
         if self._preempted:
             raise Preempted(f"step {trainer.step} is committed")
         if trainer.step < trainer.total_steps and not self._stopped:
             raise RuntimeError(f"the feed ended at step {trainer.step} of {trainer.total_steps}")
-        if rank == 0:
-            write_bytes(job.run / FEED_TOTALS, json.dumps(self.log.totals()).encode())
+        if self.heart.rank == 0:
+            write_bytes(self.job.run / FEED_TOTALS, json.dumps(self.log.totals()).encode())
 
-    _preempted = _stopped = False
+    def batches(self) -> Generator[DeviceBatch, None, None]:
+        """This rank's batches from the step in hand on, on the device."""
+        device = self.trainer.device
+        assembler = Assembler(
+            self.plan,
+            self.heart.rank,
+            threads=_decoders(),
+            memory=memory_for(device),
+            meters=self.log.feed,
+            on_broken=BrokenClips(self.job.run, self.plan, self.heart.rank, self.job.max_bad_share),
+        )
+        shard = ray.train.get_dataset_shard("train")
+        assert shard is not None, "the trainer is always given a train data set"
+        steps = steps_of(shard, self.plan, self.trainer.step, assembler, self.heart.rank)
+        try:
+            yield from DevicePrefetcher(steps, device, self.log.feed, self.plan.batch_bytes)
+        finally:
+            assembler.close()
+
+    def step(self, batch: DeviceBatch) -> bool:
+        """Train on a batch, log and commit what is due; whether to stop after it. All ranks must call it."""
+        trainer = self.trainer
+        self.log.begin()
+        stop = self._learn(batch)
+        if stop or trainer.step % self.job.config.checkpoint_every == 0 or trainer.step == trainer.total_steps:
+            self._save()
+        self.heart.step(trainer.step)
+        return stop
 
     def _restore_meta(self) -> None:
         """What a checkpoint says beside the trainer's state: the losses and the warnings so far."""
         saved = checkpoints.newest_meta(self.job.run)
-        self.spikes = SpikeWatch(self.job.config.spike_factor, saved.get("losses", ()))
+        self._spikes = SpikeWatch(self.job.config.spike_factor, saved.get("losses", ()))
         if "watch" in saved:
             self.log.watch.restore(saved["watch"])
 
-    def _step(self, batch: DeviceBatch) -> bool:
-        """Train on a batch; whether to stop after it."""
+    def _learn(self, batch: DeviceBatch) -> bool:
+        """Train on a batch and log; whether to stop after it."""
         trainer, heart = self.trainer, self.heart
         number = trainer.step
         heart.stage("forward")
         if number == self.job.config.tokenizer_stage.steps:
-            self.spikes.forget()
-        if number in self.spoilt:
+            self._spikes.forget()
+        if number in self._spoilt:
             trainer.pass_over(batch.frames)
             return False
-        self.chaos.step(number, trainer.model.tokenizer if trainer.stage == 0 else trainer.model.dynamics, self.journal)
+        self._chaos.step(
+            number, trainer.model.tokenizer if trainer.stage == 0 else trainer.model.dynamics, self._journal
+        )
         why, measured = "", {}
         try:
             measured = trainer.train_step(batch.frames, batch.ids, batch.actions, batch.places)
@@ -222,7 +240,7 @@ class _Training:
         loss = measured["tokenizer/loss" if "tokenizer/loss" in measured else "flam/loss"]
         ask = heart.rank == 0 and time.monotonic() - self._asked_at > _ASK_SECONDS
         agreed = agree(loss.to(trainer.device), batch.frames.shape[0], stop=bool(heart.stop), ask=ask)
-        if self.spikes.spike(agreed.loss):
+        if self._spikes.spike(agreed.loss):
             # Either this batch is odd, or the step before it went wrong.
             steps = [step for step in (number - 1, number) if step >= 0]
             raise self._go_back(steps, f"the loss leapt to {agreed.loss:.3g}")
@@ -236,7 +254,7 @@ class _Training:
     def _go_back(self, steps: list[int], why: str) -> WentBack:
         """Note that steps are left out, and the checkpoints after them forgotten; what to raise then. All ranks must
         call it."""
-        self.writer.wait()
+        self._writer.wait()
         if self.heart.rank == 0:
             record_spoilt(self.job.run, Spoilt(steps, f"step {steps[-1]}: {why}"))
             checkpoints.forget_after(self.job.run, steps[0])
@@ -254,9 +272,9 @@ class _Training:
         if state is None:
             return
         # What was seen of losses and said in warnings is kept, too, so that a resumed run goes on as the unbroken one.
-        more = {"watch": self.log.watch.state(), "losses": self.spikes.state()}
+        more = {"watch": self.log.watch.state(), "losses": self._spikes.state()}
         score = self.log.score.pop(self.trainer.step, None)
-        self.writer.save(replace(state, meta=state.meta | more), score, then=self.chaos.committed)
+        self._writer.save(replace(state, meta=state.meta | more), score, then=self._chaos.committed)
 
 
 def _decoders() -> int:

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["start", "data", "forward", "backward", "optimiser", "report", "evaluation", "checkpoint", "end"]
-"""What a worker is doing, in the order in which a step does it. `start`: until the first batch; `end`: all is done."""
+Stage = Literal[
+    "load", "start", "data", "forward", "backward", "optimiser", "report", "evaluation", "checkpoint", "end"
+]
+"""What a worker is doing, in the order in which a step does it.
+
+`load`: the weights come back; `start`: until the first batch; `end`: all is done.
+"""
 STAGES: tuple[Stage, ...] = (
+    "load",
     "start",
     "data",
     "forward",
@@ -32,6 +38,7 @@ BUCKETS: tuple[Bucket, ...] = (
     "start_up",
 )
 _BUCKET_OF: dict[Stage, Bucket] = {
+    "load": "start_up",
     "start": "start_up",
     "data": "data_wait",
     "forward": "productive",

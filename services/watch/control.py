@@ -68,7 +68,7 @@ class Control:
 
     def _note(self, beat: Beat) -> None:
         self._beats[beat.rank], self._heard[beat.rank] = beat, time.monotonic()
-        if beat.stage not in ("start", "end"):
+        if beat.stage not in ("load", "start", "end"):
             self._orders = replace(self._orders, furthest=max(self._orders.furthest, beat.step))
         if beat.rank == 0 and beat.median_step_seconds:
             self._orders = replace(self._orders, step_seconds=beat.median_step_seconds)

@@ -50,7 +50,7 @@ class Heart:
         self._interval = max(_SECONDS, world / _WORKERS_A_SECOND)
         self._node, self._host = ray.get_runtime_context().get_node_id(), socket.gethostname()
         self._process_started = psutil.Process().create_time()
-        self._stage: Stage = "start"
+        self._stage: Stage = "load"
         self._step = 0
         self._since = self._step_began = time.monotonic()
         self._seconds: defaultdict[Bucket, float] = defaultdict(float)
@@ -79,7 +79,8 @@ class Heart:
         self._stage, self._since = stage, now
 
     def begins(self, step: int) -> int:
-        """The worker will begin with that step. Gives how many steps were done before and are done again."""
+        """The worker has its weights and will begin with that step. Gives how many steps are done again."""
+        self.stage("start")
         self._step = step
         return max(0, self.furthest - step)
 

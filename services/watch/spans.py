@@ -15,7 +15,7 @@ _FLUSH_SECONDS = 10.0
 _ALL_STEPS, _EVERY = 100, 50
 """Of the first so many steps every stage is kept, then of every so many-th step, and of slow ones."""
 _SLOW_TIMES = 3.0
-_RARE: tuple[Stage, ...] = ("start", "evaluation", "checkpoint")
+_RARE: tuple[Stage, ...] = ("load", "start", "evaluation", "checkpoint")
 _MOST = 50_000
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from services.watch.beats import STAGES, Beat, Stage
 
 _TIMES_MEDIAN = 20
-_PATIENCE: dict[Stage, float] = {"start": 10.0, "evaluation": 10.0, "checkpoint": 5.0, "end": 10.0}
+_PATIENCE: dict[Stage, float] = {"load": 10.0, "start": 10.0, "evaluation": 10.0, "checkpoint": 5.0, "end": 10.0}
 """Times the usual limit for stages that take long by nature."""
 
 

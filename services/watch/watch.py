@@ -57,7 +57,7 @@ class Watch:
     def steps_run(self) -> bool:
         """Whether workers are in the midst of steps, and so able to stop by themselves."""
         look = self._look
-        return look is not None and any(beat.stage not in ("start", "end") for beat in look.beats.values())
+        return look is not None and any(beat.stage not in ("load", "start", "end") for beat in look.beats.values())
 
     def stop(self, why: str) -> None:
         """Have all workers commit a checkpoint and end."""

@@ -1,0 +1,163 @@
+"""What kills cost a run, and what the service costs one that is not killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flam_core.errors import TrainingFailed
+from services.tracking import logged_steps
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_STEPS, _EVERY, _LOGGED = 250, 10, 50
+_WORLD = ("--world", "grid", "--size", "48", "--episodes", "40", "--frames", "64", "--option", "agents=3")
+_STOPPED = 75
+
+
+@dataclass(frozen=True)
+class ChaosBenchSettings:
+    """What `jobs/bench.py chaos` takes."""
+
+    kills: int = 20
+    """SIGKILLs of the worker at random steps of a run of 250."""
+    seed: int = 0
+    """Of these steps."""
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A run of `jobs/train.py smoke` that ended."""
+
+    folder: Path
+    """Of the run."""
+    tracking: str
+    said: str
+
+    @property
+    def weights(self) -> str:
+        return hashlib.sha256((self.folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+    @property
+    def consumed(self) -> str:
+        meta = self.folder / "checkpoints" / f"step-{_STEPS:08d}" / "meta.json"
+        return json.loads(meta.read_text())["consumed"]
+
+    @property
+    def steps(self) -> list[int]:
+        """That MLflow has, each as often as it has it."""
+        return logged_steps(self.tracking, "flam", self.folder.name)
+
+
+def bench_chaos(settings: ChaosBenchSettings) -> dict[str, Any]:
+    """Kill a run again and again, and resize another; compare both with one that was left alone.
+
+    Gives the keys of docs/reliability.md. Raises TrainingFailed if a run does not come to its end.
+    """
+    steps = sorted(random.Random(settings.seed).sample(range(3, _STEPS - 3), settings.kills))
+    with tempfile.TemporaryDirectory(prefix="flam-chaos-") as name:
+        place = Path(name)
+        data = place / "grid"
+        _program(place, ["ingest", *_WORLD, "--out", str(data)])
+        print("a run that is left alone", flush=True)
+        alone = _run(place / "alone", data)
+        print(f"a run that is killed {settings.kills} times", flush=True)
+        killed = _run(place / "killed", data, "--chaos", ",".join(f"kill:0@{step}" for step in steps))
+        print("a run on one worker, on two, and on one again", flush=True)
+        for workers in ("1", "2"):
+            more = ("--chaos", "sigterm@80,sigterm@160", "--workers", workers, "--worker_cpus", "0.5")
+            _program(place / "sizes", _train(data, *more), exit_code=_STOPPED)
+        sizes = _run(place / "sizes", data, "--chaos", "sigterm@80,sigterm@160")
+        wanted = list(range(_LOGGED, _STEPS + 1, _LOGGED))
+        ledger = json.loads((killed.folder / "goodput.json").read_text())["attempts"][-1]
+        return {
+            "kills": killed.said.count("chaos: kill"),
+            "weights_equal": killed.weights == alone.weights,
+            "sample_order_equal": killed.consumed == alone.consumed == sizes.consumed,
+            "loss_ratio_after_resizes": _last_loss(sizes) / _last_loss(alone),
+            "mlflow_duplicates": sum(len(one.steps) - len(set(one.steps)) for one in (killed, sizes)),
+            "mlflow_gaps": sum(len(set(wanted) - set(one.steps)) for one in (killed, sizes)),
+            "committed_work_lost": _committed_lost(killed.said),
+            **_recovery(killed.folder),
+            "goodput": {bucket: round(seconds, 1) for bucket, seconds in ledger["seconds"].items()},
+            "steps": _STEPS,
+            "checkpoint_every": _EVERY,
+        }
+
+
+def _run(folder: Path, data: Path, *more: str) -> _Ran:
+    said = _program(folder, _train(data, *more))
+    (run,) = (folder / "outputs").glob("smoke-*")
+    return _Ran(run, f"sqlite:///{folder / 'mlflow.db'}", said)
+
+
+def _train(data: Path, *more: str) -> list[str]:
+    steps = ("--flam_stage.steps", str(_STEPS - 20), "--checkpoint_every", str(_EVERY))
+    return ["train", "smoke", "--data", str(data), *steps, *more]
+
+
+def _program(folder: Path, words: Sequence[str], *, exit_code: int = 0) -> str:
+    """Run a program of flam to its end; what it printed. Raises TrainingFailed if it ends otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(_REPOSITORY / "jobs" / f"{words[0]}.py"), *words[1:]]
+    ours = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    environment = ours | {"FLAM_HOME": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != exit_code:
+        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise TrainingFailed(
+            f"jobs/{words[0]}.py ended with {done.returncode} instead of {exit_code}: {last}", fix="Run it by itself."
+        )
+    return done.stdout
+
+
+def _committed_lost(said: str) -> int:
+    """Steps of checkpoints that were committed before a kill and not resumed from."""
+    lost, newest = 0, 0
+    for word, number in re.findall(r"(committed step|resumed at step) (\d+)", said):
+        if word == "committed step":
+            newest = int(number)
+        else:
+            lost += max(0, newest - int(number))
+    return lost
+
+
+def _last_loss(ran: _Ran) -> float:
+    *_, last = re.findall(rf"step {_STEPS}/{_STEPS}  loss ([\d.]+)", ran.said)
+    return float(last)
+
+
+def _recovery(run: Path) -> dict[str, float]:
+    """Medians over the kills, in seconds: until the next workers begin, until they have their weights, until the first
+    batch, and the first step."""
+    killed_at = sorted(place.stat().st_mtime for place in (run / "chaos").iterdir())
+    lives = [
+        [json.loads(line) for line in place.read_text().splitlines()] for place in sorted((run / "spans").iterdir())
+    ]
+    begun = {
+        event["ts"] / 1e6: (event["dur"] / 1e6, life) for life in lives for event in life if event["name"] == "load"
+    }
+    parts: dict[str, list[float]] = {"restart": [], "load": [], "first_batch": [], "first_step": []}
+    for kill in killed_at:
+        after = [start for start in sorted(begun) if start > kill]
+        if not after:
+            continue
+        loaded, life = begun[after[0]]
+        first = {event["name"]: event["dur"] / 1e6 for event in reversed(life)}
+        parts["restart"].append(after[0] - kill)
+        parts["load"].append(loaded)
+        parts["first_batch"].append(first.get("start", 0.0))
+        parts["first_step"].append(sum(first.get(stage, 0.0) for stage in ("forward", "backward", "optimiser")))
+    found = {f"recovery_{part}_s": statistics.median(values) for part, values in parts.items() if values}
+    own = [found.get(f"recovery_{part}_s", 0.0) for part in ("load", "first_batch", "first_step")]
+    return {**found, "own_recovery_s": sum(own)}
