@@ -164,6 +164,11 @@ class TrackedRun:
                 else:
                     self._client.log_artifact(self.info.run_id, str(entry), path)
 
+    def text(self, content: str, path: str) -> None:
+        """Upload a text as the artifact `path`."""
+        with refusals(self.info.tracking_uri, "does not take artifacts"):
+            self._client.log_text(self.info.run_id, content, path)
+
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
         with refusals(self.info.tracking_uri, "does not take tags"):

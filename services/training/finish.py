@@ -23,6 +23,7 @@ from services.tracking import RunInfo, TrackedRun
 from services.training import checkpoints
 from services.training.broken import add_broken
 from services.training.held_out import evaluate_on
+from services.training.job import KEPT_FOR_RESUME
 
 if TYPE_CHECKING:
     from services.training.prepare import Prepared
@@ -74,7 +75,7 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
     tracked = TrackedRun(tracking)
     tracked.summary(measured.metrics)
     # By default the run's folder is the outputs' too. Checkpoints are too big to go through an MLflow server.
-    tracked.artifacts(outputs, "report", leave_out=("checkpoints", "ray"))
+    tracked.artifacts(outputs, "report", leave_out=KEPT_FOR_RESUME)
     address = None
     if prepared.settings.register:
         name = f"flam-{prepared.data_name}"

@@ -16,6 +16,11 @@ FEED_TOTALS = "feed.json"
 """What the feed did in the run's last attempt."""
 STARTS = "starts.json"
 """How often workers began in a row without a new checkpoint."""
+KEPT_FOR_RESUME = (
+    *("checkpoints", "journal", "ray", "spans", "stalls", "chaos"),
+    *("lease.json", "goodput.json", STARTS, FEED_TOTALS, TOKENIZER, "trace.json"),
+)
+"""What belongs to the run and to no report."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import ray
@@ -84,11 +84,7 @@ def train(prepared: Prepared) -> RunResult:
                 try:
                     result = _train_and_finish(prepared, tracking, lease, goodput, stopping)
                 except BaseException as error:
-                    status = "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED"
-                    try:
-                        TrackedRun(tracking).finish(status)
-                    except FlamError as unreachable:  # MLflow may be what failed; the first error is the one to show
-                        print(f"the run could not be marked {status}: {unreachable}", flush=True)
+                    _mark(tracking, "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
                     raise
                 TrackedRun(tracking).finish("FINISHED")
             finally:
@@ -112,8 +108,11 @@ def _train_and_finish(
     TrackedRun(tracking).summary({f"feed/total/{key}": value for key, value in feed.items()})
     done = _finish(prepared, tracking)
     goodput.end()
-    write_bytes(prepared.run / "trace.json", merged(prepared.run, goodput.spans).encode())
-    TrackedRun(tracking).summary(goodput.metrics(), again=True)
+    trace = merged(prepared.run, goodput.spans)
+    write_bytes(prepared.run / "trace.json", trace.encode())
+    tracked = TrackedRun(tracking)
+    tracked.text(trace, "report/trace.json")
+    tracked.summary(goodput.metrics(), again=True)
     return RunResult(
         prepared.run_id, prepared.run, done.outputs, done.metrics, done.model_address, feed, goodput.totals()
     )
@@ -171,7 +170,7 @@ def _fit(prepared: Prepared, tracking: RunInfo, lease: Lease, goodput: Goodput, 
     if exists(prepared.run / STARTS):  # whoever runs the command again wants another try
         prepared.run.fs.delete_file((prepared.run / STARTS).path)
     try:
-        stopping.run(_trainer(prepared, tracking, control).fit, watch)
+        stopping.run(_trainer(prepared, tracking, control).fit, watch, lambda: _mark(tracking, "KILLED"))
         failure = _failure(control)
     except FlamError:
         raise
@@ -244,6 +243,14 @@ def _trainer(
             failure_config=ray.train.FailureConfig(max_failures=-1),
         ),
     )
+
+
+def _mark(tracking: RunInfo, status: Literal["FAILED", "KILLED"]) -> None:
+    """Say in MLflow how the run ended. MLflow may be what failed: the first error is the one to show."""
+    try:
+        TrackedRun(tracking).finish(status)
+    except FlamError as unreachable:
+        print(f"the run could not be marked {status}: {unreachable}", flush=True)
 
 
 def _failure(control: Any) -> str:

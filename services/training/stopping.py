@@ -51,8 +51,12 @@ class Stopping:
             return
         raise Stopped(f"stopped by {name}", fix="The same command goes on from the newest committed step.")
 
-    def run(self, action: Callable[[], Any], watch: Watch) -> None:
-        """Do it in another thread, while this one can hear signals; raises what it raises."""
+    def run(self, action: Callable[[], Any], watch: Watch, on_stop: Callable[[], None]) -> None:
+        """Do it in another thread, while this one can hear signals; raises what it raises.
+
+        `on_stop` is called once the workers were told to stop, while they commit: whoever sent the signal may not wait
+        for the end.
+        """
         failures: list[BaseException] = []
 
         def act() -> None:
@@ -65,8 +69,12 @@ class Stopping:
         self._watch = watch
         try:
             thread.start()
+            told = False
             while thread.is_alive():
                 thread.join(_LOOK_SECONDS)
+                if watch.why and not told:
+                    told = True
+                    on_stop()
         finally:
             self._watch = None
         if failures:

@@ -62,6 +62,7 @@ class Watch:
     def stop(self, why: str) -> None:
         """Have all workers commit a checkpoint and end."""
         self.why = self.why or why
+        self._control.stop.remote(self.why)  # at once: there may be seconds left
 
     def close(self) -> None:
         """End the thread."""
