@@ -75,7 +75,7 @@ class FeedPlan:
     stages: tuple[StagePlan, ...]
     seed: int
     world: int
-    """Number of ranks; it divides each stage's batch."""
+    """Number of ranks, at most the clips of a batch. Their shares of it differ by one clip at most."""
     decode: Decode = "auto"
     """Where clips are decoded: beside the trainer, in Ray Data tasks, or as the codec of the data suggests."""
     split: str = "train"
@@ -85,10 +85,10 @@ class FeedPlan:
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            if stage.batch_clips % self.world:
+            if stage.batch_clips < self.world:
                 raise SettingsError(
-                    f"batch_clips {stage.batch_clips} cannot be shared evenly by {self.world} workers",
-                    fix="Choose a number of workers that divides the batch of both stages.",
+                    f"batch_clips {stage.batch_clips} leaves some of {self.world} workers without a clip",
+                    fix="Use fewer workers, or larger batches in both stages.",
                 )
             if self.truth and stage.frame_skip > 1:
                 raise SettingsError(
@@ -124,7 +124,7 @@ class FeedPlan:
     @property
     def batch_bytes(self) -> int:
         """Bytes of the largest batch of one rank."""
-        frames = max(stage.batch_clips * stage.clip_frames for stage in self.stages) // self.world
+        frames = max(-(-stage.batch_clips // self.world) * stage.clip_frames for stage in self.stages)
         return frames * self.frame_size[0] * self.frame_size[1] * 3
 
     @cached_property

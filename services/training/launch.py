@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.train.torch import TorchTrainer
 
 from flam_core.config_json import to_dict
-from flam_core.errors import FlamError, Stopped, TrainingFailed, unpack
+from flam_core.errors import EnvironmentFault, FlamError, Stopped, TrainingFailed, unpack
 from services.console import live_line
 from services.feed import CacheSettings, flam_cause
 from services.storage import Location, exists, read_bytes, write_bytes
@@ -67,15 +68,15 @@ def train(prepared: Prepared) -> RunResult:
     tracking_uri = settings.tracking or default_tracking_uri(home())
     with Stopping() as stopping:
         check_server(tracking_uri)
-        lease = Lease(prepared.run)
-        lease.take(prepared.run_id)
+        started = connect(settings)
+        stopping.listen()
         goodput = None
         try:
-            started = connect(settings)
-            stopping.listen()
+            check_resources(settings)
+            lease = Lease(prepared.run)
+            lease.take(prepared.run_id)
+            # From here on things are written: all that can be found missing beforehand has been.
             try:
-                check_resources(settings)
-                # From here on things are written: all that can be found missing beforehand has been.
                 checkpoints.claim(prepared.run, config, data_sha256(prepared.sources))
                 if prepared.tokenizer is not None:
                     write_bytes(prepared.run / TOKENIZER, prepared.tokenizer)
@@ -88,13 +89,14 @@ def train(prepared: Prepared) -> RunResult:
                     raise
                 TrackedRun(tracking).finish("FINISHED")
             finally:
-                if started:
-                    ray.shutdown()
-                if goodput is not None:
-                    goodput.end()
-                    goodput.save()
+                lease.release()
         finally:
-            lease.release()
+            if started:
+                ray.shutdown()
+            if goodput is not None:
+                goodput.end()
+                with suppress(EnvironmentFault):  # what went wrong before is the error to show
+                    goodput.save()
     return result
 
 
@@ -112,7 +114,7 @@ def _train_and_finish(
     write_bytes(prepared.run / "trace.json", trace.encode())
     tracked = TrackedRun(tracking)
     tracked.text(trace, "report/trace.json")
-    tracked.summary(goodput.metrics(), again=True)
+    tracked.summary(goodput.metrics(), again=bool(goodput.now.workers))  # not if nothing was left to train
     return RunResult(
         prepared.run_id, prepared.run, done.outputs, done.metrics, done.model_address, feed, goodput.totals()
     )

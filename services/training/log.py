@@ -56,8 +56,10 @@ class TrainLog:
         self._started, self._frames, self._steps = time.perf_counter(), 0, 0
 
     def step(self, trainer: Trainer, measured: dict[str, torch.Tensor], clips: int, frames: int) -> None:
-        """Count a step on `clips` clips of so many frames; every 50 steps, log. All ranks must call it."""
-        self._frames, self._steps = self._frames + clips * frames, self._steps + 1
+        """Count a step on `clips` of this rank's clips, of so many frames; every 50 steps, log. All ranks must call
+        it."""
+        batch = self._plan.stages[self._plan.stage_of(trainer.step - 1)[0]].batch_clips
+        self._frames, self._steps = self._frames + batch * frames, self._steps + 1
         evaluated = self._evaluated(trainer)
         if trainer.step % _LOG_EVERY and trainer.step != trainer.total_steps:
             if evaluated and self._journal is not None:
@@ -69,7 +71,7 @@ class TrainLog:
         feed["feed/spilled_bytes"] = float(spilled_bytes() - self._spilled_before)
         self._gauges.set(feed)
         self._totals["seconds"] += took
-        self._totals["frames"] += self._frames * self._plan.world
+        self._totals["frames"] += self._frames
         self._totals["wait"] += feed["speed/data_wait_share"] * took
         for name in _SUMMED:
             self._totals[name] += feed[f"feed/{name}"]
@@ -88,7 +90,7 @@ class TrainLog:
     def _speed(self, trainer: Trainer, took: float) -> dict[str, float]:
         """How fast the last steps were, and in how much memory."""
         found = {
-            "speed/frames_per_second": self._frames * self._plan.world / took,
+            "speed/frames_per_second": self._frames / took,
             "speed/seconds_per_step": took / self._steps,
             "speed/memory_gb": _memory_gb(trainer.device),
         }
