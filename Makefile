@@ -10,7 +10,7 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: train test test-slow test-s3 check worlds clean help
+.PHONY: train test test-slow test-chaos test-s3 check worlds clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -29,11 +29,16 @@ train: $(READY) data/grid/manifest.json
 	$(RUN) jobs/train.py tiny --data data/grid --workers 2
 
 test: $(READY)
-	$(RUN) -m pytest -m 'not slow and not rgw'
+	$(RUN) -m pytest -m 'not slow and not chaos and not rgw'
 
 # make test-slow   the learning tests: some minutes each
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
+
+# make test-chaos   runs that are killed, hung and cut off: half an hour; CHAOS='chaos and not long' is a part of them
+CHAOS ?= chaos
+test-chaos: $(READY)
+	$(RUN) -m pytest -m '$(CHAOS)'
 
 # make test-s3   the S3 tests against Ceph RGW (installs Debian packages; needs root)
 test-s3: $(READY)

@@ -23,7 +23,7 @@ from tests.services.conftest import (
     said,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(600)]
 
 ENVIRONMENT = 3
 
