@@ -119,7 +119,8 @@ class Trainer:
 
         true_actions: float32 [B, T, N, S], which only a model of true actions needs. places: which of the clips that
         are the rank's these are, if some are left out. Raises TrainingFailed if the gradient is not finite (the weights
-        are then those of before), SettingsError if true actions are not as the config says.
+        are then those of before), SettingsError if true actions are not as the config says, ValueError if there is not
+        an id for each clip, or if the rank has fewer.
         """
         wanted = self.config.model.true_actions
         if wanted is not None and (true_actions is None or tuple(true_actions.shape[2:]) != wanted[:2]):
@@ -133,6 +134,8 @@ class Trainer:
         stage, local = self._stage_config()
         mine = self.share.places(stage.batch_clips)
         clips = list(mine)[: len(ids)] if places is None else [mine[place] for place in places]
+        if not len(clips) == len(ids) == len(frames_u8):
+            raise ValueError(f"{len(frames_u8)} clips, {len(ids)} ids, of which {len(clips)} are in the rank's part")
         rate = learning_rate(stage, local)
         for index, group in enumerate(self._optimizer.param_groups):
             hold = index == 1 and local < self.config.slot_hold * stage.steps

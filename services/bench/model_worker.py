@@ -64,7 +64,7 @@ class Stepper:
     def step(self) -> None:
         """One."""
         with sdpa_kernel(SDPBackend.MATH) if self.job.plain_attention else nullcontext():
-            self.trainer.train_step(self.frames, [str(self.trainer.step)])
+            self.trainer.train_step(self.frames, [f"{self.trainer.step}.{clip}" for clip in range(len(self.frames))])
 
     def prepare(self) -> dict[str, float]:
         """The first steps, in which all is compiled and set up; seconds of the very first."""

@@ -176,7 +176,7 @@ def _trained(
             if trainer.step == until:
                 break
             actions = None if batch.actions is None else torch.from_numpy(batch.actions).to(device)
-            meters = trainer.train_step(torch.from_numpy(batch.frames).to(device), batch.ids, actions)
+            meters = trainer.train_step(torch.from_numpy(batch.frames).to(device), batch.ids, actions, batch.places)
             if trainer.step % _SAY_EVERY == 0:
                 said = ("tokenizer/psnr", "flam/explained", "flam/kl")
                 values = "  ".join(f"{key.split('/')[1]} {float(meters[key]):.3g}" for key in said if key in meters)

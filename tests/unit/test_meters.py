@@ -116,7 +116,7 @@ def trained(tokenizer_rate: float = 1e-2, beta: float = 2e-4, **model: Any) -> l
     while trainer.step < trainer.total_steps and not found:
         first, stage = trainer.step % 8 * 8, trainer.stage
         frames = clips[first : first + 8, : 2 if stage == 0 else 4]
-        meters = trainer.train_step(frames, ["clip"])
+        meters = trainer.train_step(frames, [f"clip {number}" for number in range(8)])
         if stage == 0:
             codes = trainer.model.tokenizer.codes(trainer.model.encode(frames))
             meters |= tokenizer_meters(frames.flatten(0, 1).movedim(-1, 1) / 255, codes)

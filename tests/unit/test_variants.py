@@ -198,7 +198,7 @@ def test_every_variant_trains_by_the_same_loop_and_every_weight_gets_a_gradient(
     frames = torch.randint(0, 256, (2, 4, 16, 16, 3)).to(torch.uint8)
     actions = torch.randint(5, (2, 4, 3, 1)).float()
     while trainer.step < trainer.total_steps:
-        meters = trainer.train_step(frames if trainer.stage else frames[:, :2], [], actions)
+        meters = trainer.train_step(frames if trainer.stage else frames[:, :2], ["a", "b"], actions)
     assert torch.isfinite(meters["flam/loss"])
     idle = [n for n, p in trainer.model.dynamics.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []
