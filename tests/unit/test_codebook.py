@@ -149,7 +149,9 @@ def test_a_warmed_up_codebook_is_the_same_whenever_the_run_is_restored(at: int) 
     assert isinstance(unbroken.model.dynamics.latent, VQLatent)
     assert unbroken.model.dynamics.latent.quantising == (at in (0, 3))  # at the start none has said otherwise
     resumed = started(settings)
-    resumed.restore(**unbroken.state())  # type: ignore[arg-type]
+    saved = unbroken.state()
+    assert saved is not None
+    resumed.restore(saved)
     for trainer in (unbroken, resumed):
         run(trainer, trainer.total_steps)
     there, here = weights(unbroken.model), weights(resumed.model)
@@ -183,7 +185,8 @@ def test_a_restored_run_with_moving_codes_continues_bit_for_bit(at: int) -> None
     unbroken = started(settings, until=at)
     saved = unbroken.state()
     resumed = started(settings)
-    resumed.restore(**saved)  # type: ignore[arg-type]
+    assert saved is not None
+    resumed.restore(saved)
     for trainer in (unbroken, resumed):
         run(trainer, trainer.total_steps)
     there, here = weights(unbroken.model), weights(resumed.model)
