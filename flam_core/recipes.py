@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from flam_core.config import Config, EvaluationConfig, LossConfig, ModelConfig, StageConfig, TokenizerConfig
+from flam_core.config import Config, LossConfig, ModelConfig, StageConfig, TokenizerConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import SettingsError
 
 

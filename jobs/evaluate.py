@@ -14,7 +14,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/evaluate.py` puts only jobs/ on the path
 
 import flam_core
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.data.quarantine import MAX_BAD_SHARE, BadClip, Quarantine
 from flam_core.errors import SettingsError
 from flam_core.evaluation.report import write_report

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/prune.py` puts only jobs/ on the path
 
 import flam_core
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.data.quarantine import MAX_BAD_SHARE
 from flam_core.errors import SettingsError
 from flam_core.evaluation.prune import prune

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flam_core.config import EvaluationConfig, ModelConfig, TokenizerConfig
+from flam_core.config import ModelConfig, TokenizerConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.evaluation.context import Context, HeldOutClip
 from flam_core.model.flam import Flam
 from flam_core.worlds.grid import GridWorld

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import DataError
 from flam_core.evaluation.stats import Bootstrap
 from flam_core.model.flam import Flam

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from flam_core.config import EvaluationConfig, Measured
+from flam_core.config_evaluation import EvaluationConfig, Measured
 from flam_core.errors import DataError
 from flam_core.evaluation.context import Context, HeldOutClip
 from flam_core.evaluation.correspondence import ACTION_PROBE, DCI, correspondence

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from flam_core.config import Measured
+from flam_core.config_evaluation import Measured
 from flam_core.evaluation.context import Context, Need
 from flam_core.evaluation.stats import Estimate, flat
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import DataError, SettingsError
 from flam_core.evaluation.context import Context
 from flam_core.evaluation.i3d import CLASSES, MIN_FRAMES, I3d

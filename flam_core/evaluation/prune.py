@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import SettingsError
 from flam_core.evaluation.context import HeldOutClip
 from flam_core.evaluation.evaluate import evaluate

@@ -7,7 +7,7 @@
     sigterm@40           the driver is asked to end (SIGTERM) in step 40
     corrupt-checkpoint@40  the first checkpoint from step 40 on is damaged once it is committed, and rank 0 is killed
     node-loss@40         the node of the last rank is lost (its raylet is killed) in step 40
-    mlflow-down@40       MLflow cannot be reached for 10 s from step 40 on
+    mlflow-down@40       MLflow cannot be reached for 30 s from step 40 on
     s3-503               a fifth of all requests to object storage is answered with 503
 
 Each comes once in a run, however often it is resumed, but for `slow` and `s3-503`. Without @STEP it comes in step 10.
@@ -27,12 +27,12 @@ import psutil
 import torch
 
 from flam_core.errors import SettingsError
-from services.storage import Location, exists, write_bytes
+from services.storage import Location, exists, read_bytes, write_bytes
 from services.tracking import Journal
 
 _STEP = 10
 _SLOW_SECONDS = 0.05
-_AWAY_SECONDS = 10.0
+_AWAY_SECONDS = 30.0
 S3_SHARE = 0.2
 """Of requests that are answered with 503."""
 
@@ -87,10 +87,24 @@ def parse_chaos(text: str) -> tuple[Planned, ...]:
 class Chaos:
     """Brings a rank's faults about when their step comes."""
 
-    def __init__(self, run: Location, faults: tuple[Planned, ...], rank: int, world: int, control: Any) -> None:
-        self._run, self._control = run, control
-        self._rank = rank
-        self._mine = [one for one in faults if self._whose(one, world) == rank]
+    def __init__(
+        self,
+        run: Location,
+        faults: tuple[Planned, ...],
+        rank: int,
+        world: int,
+        control: Any,
+        journal: Journal | None,
+    ) -> None:
+        """journal: on rank 0. An outage of MLflow goes on that began in an earlier process."""
+        self._run, self._control, self._journal = run, control, journal
+        mine = [one for one in faults if self._whose(one, world) == rank]
+        self._slow = any(one.fault is Fault.SLOW for one in mine)
+        done = [one for one in mine if exists(self._place(one))]
+        self._left = [one for one in mine if one not in done and one.fault is not Fault.SLOW]
+        for one in done:
+            if one.fault is Fault.MLFLOW_DOWN:
+                self._cut_off(_AWAY_SECONDS - (time.time() - float(read_bytes(self._place(one)))))
 
     @staticmethod
     def _whose(one: Planned, world: int) -> int | None:
@@ -101,23 +115,32 @@ class Chaos:
             return world - 1 if one.rank is None else one.rank
         return 0
 
-    def _due(self, step: int, *faults: Fault) -> Planned | None:
-        """A fault of these that comes now, for the first time."""
-        for one in self._mine:
-            if one.fault in faults and step >= one.step and not exists(place := self._run / "chaos" / one.name):
-                write_bytes(place, str(step).encode())
-                print(f"chaos: {one.name} in step {step}", flush=True)
-                return one
-        return None
+    def _place(self, one: Planned) -> Location:
+        """What says that it was brought about, and when."""
+        return self._run / "chaos" / one.name
 
-    def step(self, step: int, module: torch.nn.Module, journal: Journal | None) -> None:
+    def _due(self, step: int, fault: Fault) -> bool:
+        """Whether such a fault comes now, for the first time."""
+        for one in self._left:
+            if one.fault is fault and step >= one.step:
+                self._left.remove(one)
+                write_bytes(self._place(one), str(time.time()).encode())
+                print(f"chaos: {one.name} in step {step}", flush=True)
+                return True
+        return False
+
+    def _cut_off(self, seconds: float) -> None:
+        if self._journal is not None and seconds > 0:
+            self._journal.pretend_away(seconds)
+
+    def step(self, step: int, module: torch.nn.Module) -> None:
         """A step begins."""
-        if not self._mine:
-            return
-        if any(one.fault is Fault.SLOW for one in self._mine):
+        if self._slow:
             time.sleep(_SLOW_SECONDS)
-        if self._due(step, Fault.MLFLOW_DOWN) and journal is not None:
-            journal.pretend_away(_AWAY_SECONDS)
+        if not self._left:
+            return
+        if self._due(step, Fault.MLFLOW_DOWN):
+            self._cut_off(_AWAY_SECONDS)
         if self._due(step, Fault.SIGTERM):
             self._control.end_driver.remote()
         if self._due(step, Fault.NAN):
@@ -136,6 +159,6 @@ class Chaos:
 
     def committed(self, step: int) -> None:
         """The checkpoint after so many steps is committed."""
-        if self._mine and self._due(step, Fault.CORRUPT_CHECKPOINT):
+        if self._due(step, Fault.CORRUPT_CHECKPOINT):
             write_bytes(self._run / "checkpoints" / f"step-{step:08d}" / "model.safetensors", b"chaos")
             os.kill(os.getpid(), signal.SIGKILL)

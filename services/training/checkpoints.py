@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from flam_core.config import Config
 from flam_core.config_json import canonical_json, differing_fields, from_dict, to_dict
@@ -147,13 +146,8 @@ def committed_step(run: Location) -> int:
 
 def newest_step(run: Location) -> int:
     """The step that `newest` resumes from; 0 if there is none. The feed must start where the trainer does."""
-    return newest_meta(run).get("step", 0)
-
-
-def newest_meta(run: Location) -> dict[str, Any]:
-    """What `newest` says beside the weights; empty if there is none."""
     saved = newest(run)
-    return saved.meta if saved else {}
+    return saved.meta["step"] if saved else 0
 
 
 def forget_after(run: Location, step: int) -> None:

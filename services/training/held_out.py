@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flam_core.config import Config, EvaluationConfig
+from flam_core.config import Config
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.data.quarantine import BadClip
 from flam_core.evaluation.context import HeldOutClip
 from flam_core.evaluation.evaluate import Evaluation, due, evaluate, measure

@@ -187,7 +187,8 @@ def _fit(prepared: Prepared, tracking: RunInfo, lease: Lease, goodput: Goodput, 
             print(f"{broken} broken clips were left out: {prepared.run / 'quarantine.json'}", flush=True)
     if failure:
         raise unpack(failure)
-    if (done := checkpoints.newest_step(prepared.run)) < plan.total_steps:
+    done = checkpoints.newest_step(prepared.run)
+    if done < plan.total_steps or watch.why:  # who stops a run does not wait for its evaluation either
         raise Stopped(
             f"run {prepared.run_id} was stopped ({watch.why or 'the workers ended'}): step {done} of "
             f"{plan.total_steps} is committed",

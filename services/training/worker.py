@@ -6,9 +6,10 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import ray
 import ray.train
@@ -17,7 +18,7 @@ import torch
 
 from flam_core.errors import TrainingFailed, pack
 from flam_core.learning.spikes import SpikeWatch
-from flam_core.learning.trainer import Trainer
+from flam_core.learning.trainer import Trainer, TrainState
 from flam_core.ranks import Share, add_up
 from services.feed import Assembler, FeedPlan, flam_cause, steps_of
 from services.feed.prefetch import DeviceBatch, DevicePrefetcher, memory_for
@@ -51,8 +52,6 @@ def train_worker(settings: dict[str, WorkerJob]) -> None:
     if ray.get(job.control.failure.remote()):
         return
     try:
-        if ray.train.get_context().get_world_rank() == 0:
-            _count_start(job)
         _run(job)
     except Exception as error:
         if (cause := flam_cause(error)) is None:
@@ -78,6 +77,9 @@ def opened(job: WorkerJob) -> Iterator[Training]:
     and the noise follow from the step.
     """
     context = ray.train.get_context()
+    saved = checkpoints.newest(job.run)
+    if context.get_world_rank() == 0:
+        _count_start(job, saved.meta["step"] if saved else 0)
     # A core is left to Ray Data: with as many threads as cores, PyTorch's wait for one another most of the time.
     cores = (os.cpu_count() or 1) - 1
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
@@ -94,16 +96,18 @@ def opened(job: WorkerJob) -> Iterator[Training]:
     )
     journal = Journal(job.tracking, job.run) if rank == 0 else None
     try:
-        trainer = _trainer(job, heart, rank, world)
-        yield Training(job, plan, trainer, TrainLog(job, plan, journal, heart), heart, journal)
+        trainer = _trainer(job, saved, heart, rank, world)
+        training = Training(job, plan, trainer, TrainLog(job, plan, journal, heart), heart, journal)
+        training.restore_meta(saved.meta if saved else {})
+        yield training
     finally:
         heart.close()
         if journal is not None:
             journal.close()
 
 
-def _trainer(job: WorkerJob, heart: Heart, rank: int, world: int) -> Trainer:
-    """The trainer, at the newest committed step."""
+def _trainer(job: WorkerJob, saved: TrainState | None, heart: Heart, rank: int, world: int) -> Trainer:
+    """The trainer, at the step of the checkpoint."""
     tokenizer = read_bytes(job.run / TOKENIZER) if job.config.tokenizer_sha256 else None
     trainer = Trainer(
         job.config,
@@ -115,7 +119,7 @@ def _trainer(job: WorkerJob, heart: Heart, rank: int, world: int) -> Trainer:
         recomputed=job.recomputed,
         on_stage=heart.stage,
     )
-    if saved := checkpoints.newest(job.run):
+    if saved:
         trainer.restore(saved)
     lost = heart.begins(trainer.step)
     if rank == 0 and (trainer.step or lost):
@@ -124,9 +128,9 @@ def _trainer(job: WorkerJob, heart: Heart, rank: int, world: int) -> Trainer:
     return trainer
 
 
-def _count_start(job: WorkerJob) -> None:
+def _count_start(job: WorkerJob, step: int) -> None:
     """Raises TrainingFailed if workers begin at this step too often: what ends them does so again and again."""
-    place, step = job.run / STARTS, checkpoints.newest_step(job.run)
+    place = job.run / STARTS
     before = json.loads(read_bytes(place)) if exists(place) else {"step": -1, "times": 0}
     times = before["times"] + 1 if before["step"] == step else 1
     write_bytes(place, json.dumps({"step": step, "times": times}).encode())
@@ -152,13 +156,15 @@ class Training:
         self, job: WorkerJob, plan: FeedPlan, trainer: Trainer, log: TrainLog, heart: Heart, journal: Journal | None
     ) -> None:
         self.job, self.plan, self.trainer, self.log, self.heart = job, plan, trainer, log, heart
-        self._journal = journal
-        self._chaos = Chaos(job.run, parse_chaos(",".join(job.chaos)), heart.rank, heart.world, job.control)
+        faults = parse_chaos(",".join(job.chaos))
+        self._chaos = Chaos(job.run, faults, heart.rank, heart.world, job.control, journal)
         self._writer = checkpoints.Writer(job.run, job.keep)
         self._spoilt = {step for one in read_spoilt(job.run) for step in one.steps}
         self._asked_at = time.monotonic()
         self._preempted = self._stopped = False
-        self._restore_meta()
+        self._spikes = SpikeWatch(job.config.spike_factor)
+        self._measured: dict[str, torch.Tensor] = {}
+        """By the step before."""
 
     def run(self) -> None:
         """Until the end, or until this run is told to stop.
@@ -209,12 +215,11 @@ class Training:
         self.heart.step(trainer.step)
         return stop
 
-    def _restore_meta(self) -> None:
-        """What a checkpoint says beside the trainer's state: the losses and the warnings so far."""
-        saved = checkpoints.newest_meta(self.job.run)
-        self._spikes = SpikeWatch(self.job.config.spike_factor, saved.get("losses", ()))
-        if "watch" in saved:
-            self.log.watch.restore(saved["watch"])
+    def restore_meta(self, meta: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint says beside the trainer's state: the losses and the warnings so far."""
+        self._spikes = SpikeWatch(self.job.config.spike_factor, meta.get("losses", ()))
+        if "watch" in meta:
+            self.log.watch.restore(meta["watch"])
 
     def _learn(self, batch: DeviceBatch) -> bool:
         """Train on a batch and log; whether to stop after it."""
@@ -225,10 +230,10 @@ class Training:
             self._spikes.forget()
         if number in self._spoilt:
             trainer.pass_over(batch.frames)
+            if self._measured:  # a log line that is due is not left out with the step
+                self.log.step(trainer, self._measured, *batch.frames.shape[:2])
             return False
-        self._chaos.step(
-            number, trainer.model.tokenizer if trainer.stage == 0 else trainer.model.dynamics, self._journal
-        )
+        self._chaos.step(number, trainer.model.tokenizer if trainer.stage == 0 else trainer.model.dynamics)
         why, measured = "", {}
         try:
             measured = trainer.train_step(batch.frames, batch.ids, batch.actions, batch.places)
@@ -244,7 +249,8 @@ class Training:
             # Either this batch is odd, or the step before it went wrong.
             steps = [step for step in (number - 1, number) if step >= 0]
             raise self._go_back(steps, f"the loss leapt to {agreed.loss:.3g}")
-        self.log.step(trainer, measured, batch.frames.shape[0], batch.frames.shape[1])
+        self._measured = measured
+        self.log.step(trainer, measured, *batch.frames.shape[:2])
         if agreed.ask:
             self._asked_at = time.monotonic()
             self._preempted = ray.train.get_preemption_info() is not None

@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 
+import boto3
 import pytest
 
 from services.storage import resolve
@@ -181,6 +182,8 @@ def test_mlflow_down_holds_nothing_up_and_misses_nothing(
     faults = "mlflow-down@60," + ",".join(f"kill:0@{step}" for step in (40, 90, 130, 170, 220))
     trained = train(cluster, tmp_path, grid_data, "down", *RESUME_SETTINGS, "--chaos", faults)
     assert trained.done.stdout.count("chaos: kill") == 5
+    assert "warning: MLflow at" in trained.done.stdout
+    assert "is back" in trained.done.stdout
     assert history(cluster, trained) == history(cluster, unbroken_run)
     assert trained.weights == unbroken_run.weights
     written = [line.step for _, lines in segments(resolve(str(trained.outputs))) for line in lines if line.step]
@@ -191,13 +194,17 @@ def test_mlflow_down_holds_nothing_up_and_misses_nothing(
 def test_a_store_that_answers_503_to_a_fifth_of_requests(
     cluster: Cluster, grid_data: Path, unbroken_run: Trained, tmp_path: Path, s3_server
 ) -> None:
-    place = f"s3://{s3_server()}/runs"
-    more = ("--storage", place, "--chaos", "s3-503,kill:0@120")
-
-    arguments = cluster.arguments(grid_data, "s503", *RESUME_SETTINGS, *more)
+    """Data and run are both there, so that reading, checkpoints and the journal meet them."""
+    bucket, client = s3_server(), boto3.client("s3")
+    for file in grid_data.rglob("*"):
+        if file.is_file():
+            client.upload_file(str(file), bucket, f"grid/{file.relative_to(grid_data).as_posix()}")
+    more = ("--storage", f"s3://{bucket}/runs", "--chaos", "s3-503,kill:0@120")
+    arguments = cluster.arguments(f"s3://{bucket}/grid", "s503", *RESUME_SETTINGS, *more)
     done = run_job(arguments, environment(**storage_environment()), tmp_path)
     assert done.returncode == 0, said(done)
     trained = Trained(tmp_path, "s503", run_id_of(done.stdout), tuple(arguments), done)
+    assert cluster.tracking.run(trained.run_id, "s503").data.metrics["feed/total/retries"] > 0
     assert trained.weights == unbroken_run.weights
     assert history(cluster, trained) == history(cluster, unbroken_run)
 

@@ -20,11 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pytest
 import requests
+from pyarrow.fs import FileSelector
 
+from flam_core.worlds.grid import GridWorld
+from services.storage import Location, read_bytes, resolve
 from tests.conftest import S3_ENVIRONMENT
 from tests.services.conftest import free_ports
 
+GRID_WORLD = GridWorld(agents=2, frame_size=32)
+INGEST = ("ingest", "--world", "grid", "--size", "32", "--episodes", "4", "--frames", "20")
+"""The same, by `jobs/ingest.py`."""
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool")
 
 _START_SECONDS = 90.0
@@ -167,6 +174,46 @@ def running_gateway() -> Iterator[Gateway]:
         gateway = start("radosgw", "--id", "rgw")
         _wait(gateway, folder, lambda: _serves(endpoint))
         yield Gateway(endpoint, *users)
+
+
+@pytest.fixture(scope="session")
+def gateway() -> Iterator[Gateway]:
+    """A running gateway."""
+    if missing := missing_programs():
+        pytest.skip(f"Ceph is not installed ({', '.join(missing)}): run infra/rgw/install.sh")
+    with running_gateway() as running:
+        yield running
+
+
+@pytest.fixture
+def place(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """A prefix in a new bucket of the owner's, whose keys are in the environment."""
+    use(monkeypatch, gateway.environment(gateway.owner))
+    return resolve(f"s3://{gateway.make_bucket()}/sets/a")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Put `variables` into the environment, and out of it what would lead elsewhere."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def objects(place: Location) -> dict[str, bytes]:
+    """Name below `place` and content of each object."""
+    listed = place.fs.get_file_info(FileSelector(place.path, recursive=True, allow_not_found=True))
+    names = [info.path.removeprefix(f"{place.path}/") for info in listed if info.is_file]
+    return {name: read_bytes(place / name) for name in names}
+
+
+def put(gateway: Gateway, place: Location, content: bytes) -> None:
+    """Write an object behind flam's back."""
+    bucket, _, key = place.path.partition("/")
+    gateway.client(gateway.owner).put_object(Bucket=bucket, Key=key, Body=content)
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import re
-import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pyarrow.fs import FileSelector, LocalFileSystem
+from pyarrow.fs import LocalFileSystem
 
 from flam_core.data.ingest import IngestOptions, ingest_world
 from flam_core.data.manifest import read_manifest
 from flam_core.data.shard import decode_clip, read_row_group, verify_shard
 from flam_core.errors import DataError, EnvironmentFault
-from flam_core.learning.trainer import TrainState
 from flam_core.worlds.base import Episode
 from flam_core.worlds.grid import GridWorld
 from services.storage import Location, download, exists, read_bytes, resolve, write_bytes
-from services.training import checkpoints
-from tests.services.conftest import environment, free_ports, run_job, said
-from tests.services.rgw_fixture import Gateway, missing_programs, running_gateway
+from tests.services.conftest import environment, run_job, said
+from tests.services.rgw_fixture import GRID_WORLD as WORLD
+from tests.services.rgw_fixture import INGEST, Gateway, objects, put, use
 
 pytestmark = pytest.mark.rgw
+pytest_plugins = ("tests.services.rgw_fixture",)
 
 FS = LocalFileSystem()
-WORLD = GridWorld(agents=2, frame_size=32)
-INGEST = ("ingest", "--world", "grid", "--size", "32", "--episodes", "4", "--frames", "20")
-SECONDS = 30
-"""A storage that cannot be used is known as such within this time."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +45,9 @@ class NoiseWorld:
             yield replace(episode, frames=rng.integers(0, 256, episode.frames.shape, dtype=np.uint8))
 
 
-@pytest.fixture(scope="module")
-def gateway() -> Iterator[Gateway]:
-    """A running gateway."""
-    if missing := missing_programs():
-        pytest.skip(f"Ceph is not installed ({', '.join(missing)}): run infra/rgw/install.sh")
-    with running_gateway() as running:
-        yield running
-
-
-@pytest.fixture
-def place(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Location:
-    """A prefix in a new bucket of the owner's, whose keys are in the environment."""
-    use(monkeypatch, gateway.environment(gateway.owner))
-    return resolve(f"s3://{gateway.make_bucket()}/sets/a")
-
-
-def use(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    """Put `variables` into the environment, and out of it what would lead elsewhere."""
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-
-def objects(place: Location) -> dict[str, bytes]:
-    """Name below `place` and content of each object."""
-    listed = place.fs.get_file_info(FileSelector(place.path, recursive=True, allow_not_found=True))
-    names = [info.path.removeprefix(f"{place.path}/") for info in listed if info.is_file]
-    return {name: read_bytes(place / name) for name in names}
-
-
 def files(folder: Path) -> dict[str, bytes]:
     """The same of a folder."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def put(gateway: Gateway, place: Location, content: bytes) -> None:
-    """Write an object behind flam's back."""
-    bucket, _, key = place.path.partition("/")
-    gateway.client(gateway.owner).put_object(Bucket=bucket, Key=key, Body=content)
 
 
 def parts(gateway: Gateway, place: Location) -> int:
@@ -227,128 +178,6 @@ def test_a_missing_object(place: Location) -> None:
         read_bytes(place / "none")
 
 
-# What forbids, what is not there, what does not answer
-
-
-@contextmanager
-def silent_server() -> Iterator[str]:
-    """A server that takes connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-def refused(gateway: Gateway, case: str, bucket: str) -> tuple[dict[str, str], str, str]:
-    """The environment, the address, and what the message must say."""
-    (closed,) = free_ports(1)
-    owner, address = gateway.owner, f"s3://{bucket}/sets/a"
-    return {
-        "wrong secret": (gateway.environment(owner, AWS_SECRET_ACCESS_KEY="wrong"), address, "forbids access to"),
-        "unknown key": (gateway.environment(owner, AWS_ACCESS_KEY_ID="NOBODY"), address, "forbids access to"),
-        "another's bucket": (gateway.environment(gateway.stranger), address, "forbids access to"),
-        "no bucket": (gateway.environment(owner), "s3://none-such-403/a", "none-such-403 of .* does not exist at"),
-        "nobody listens": (
-            gateway.environment(owner, AWS_ENDPOINT_URL=f"http://127.0.0.1:{closed}"),
-            "s3://runs-403/forbidden",  # its name must not mislead
-            "cannot be reached for",
-        ),
-        "no TLS": (
-            gateway.environment(owner, AWS_ENDPOINT_URL=gateway.endpoint.replace("http:", "https:")),
-            address,
-            "cannot be reached for",
-        ),
-    }[case]
-
-
-CASES = ["wrong secret", "unknown key", "another's bucket", "no bucket", "nobody listens", "no TLS"]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_storage_that_cannot_be_used(
-    gateway: Gateway, place: Location, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_bytes(place / "there", b"1")
-    variables, address, message = refused(gateway, case, place.path.partition("/")[0])
-    use(monkeypatch, variables | {"FLAM_STORAGE_RETRY_SECONDS": "2"})
-    started = time.monotonic()
-    with pytest.raises(EnvironmentFault, match=message) as caught:
-        resolve(address)
-    assert address in str(caught.value)
-    location = resolve(address, check=False)
-    with pytest.raises(EnvironmentFault, match=message):
-        write_bytes(location / "step-00000403", b"2")
-    if case != "no bucket":  # there, an object is just missing
-        for ask in (exists, read_bytes):
-            with pytest.raises(EnvironmentFault, match=message):
-                ask(location / "there")
-        with pytest.raises(EnvironmentFault, match="cannot read"):
-            read_manifest(location.fs, location.path)
-    with pytest.raises(EnvironmentFault, match=r"cannot (look at|write the data set at)"):
-        ingest_world(WORLD, location.fs, location.path, episodes=3, frames=20)
-    assert time.monotonic() - started < SECONDS
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_ingest_says_it_in_one_line(gateway: Gateway, case: str, tmp_path: Path) -> None:
-    variables, address, message = refused(gateway, case, gateway.make_bucket())
-    started = time.monotonic()
-    done = run_job([*INGEST, "--out", address], environment(**variables), tmp_path)
-    assert time.monotonic() - started < SECONDS
-    assert done.returncode == 3, said(done)
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("flam: error: ")
-    assert re.search(message, line), line
-    assert address in line
-
-
-def test_a_storage_that_hangs_is_known_in_time(monkeypatch: pytest.MonkeyPatch, gateway: Gateway) -> None:
-    with silent_server() as endpoint:
-        use(monkeypatch, gateway.environment(gateway.owner, AWS_ENDPOINT_URL=endpoint))
-        started = time.monotonic()
-        with pytest.raises(EnvironmentFault, match="cannot be reached for s3://runs/a"):
-            resolve("s3://runs/a")
-        assert time.monotonic() - started < SECONDS
-
-
-def test_a_bucket_that_may_only_be_read(
-    gateway: Gateway, place: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = ingest_world(WORLD, place.fs, place.path, episodes=4, frames=20).manifest
-    bucket = place.path.partition("/")[0]
-    policy = {
-        "Version": "2012-10-17",
-        "Statement": [
-            {
-                "Effect": "Allow",
-                "Principal": {"AWS": [f"arn:aws:iam:::user/{gateway.stranger.name}"]},
-                "Action": ["s3:ListBucket", "s3:GetObject"],
-                "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"],
-            }
-        ],
-    }
-    gateway.client(gateway.owner).put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
-    before = objects(place)
-
-    use(monkeypatch, gateway.environment(gateway.stranger))
-    lent = resolve(place.uri)
-    assert read_manifest(lent.fs, lent.path) == manifest
-    for shard in manifest.shards:
-        verify_shard(lent.fs, lent.path, shard)
-    with pytest.raises(EnvironmentFault, match="forbids access to"):
-        write_bytes(lent / "mine", b"1")
-    with pytest.raises(EnvironmentFault, match="forbids access to"):
-        checkpoints.save(lent / "run", TrainState(b"m", b"o", None, {"step": 10}))
-    done = run_job(
-        [*INGEST, "--out", f"s3://{bucket}/new"], environment(**gateway.environment(gateway.stranger)), tmp_path
-    )
-    assert done.returncode == 3, said(done)
-    assert "cannot write the data set at" in done.stderr
-    assert "ACCESS_DENIED" in done.stderr
-    use(monkeypatch, gateway.environment(gateway.owner))
-    assert objects(place) == before
-    assert not objects(resolve(f"s3://{bucket}/new"))
-
-
 @pytest.mark.parametrize("size", [1, 9 << 20])
 def test_checksums_asked_for_do_no_harm(
     gateway: Gateway, place: Location, monkeypatch: pytest.MonkeyPatch, size: int
@@ -370,83 +199,3 @@ def test_ingest_needs_no_more_than_endpoint_and_keys(gateway: Gateway, tmp_path:
     again = run_job([*INGEST, "--seed", "1", "--out", address], environment(**few), tmp_path)
     assert again.returncode == 4, said(again)
     assert "another data set is at" in again.stderr
-
-
-# Checkpoints
-
-
-def save(run: Location, step: int) -> None:
-    checkpoints.save(run, state(step))
-
-
-def state(step: int) -> TrainState:
-    return TrainState(b"model %d" % step, b"optimizer %d" % step, None, {"step": step, "loss": 0.5})
-
-
-def test_checkpoints(place: Location) -> None:
-    assert checkpoints.newest(place) is None
-    assert checkpoints.newest_step(place) == 0
-    for step in (10, 20, 30):
-        save(place, step)
-        assert checkpoints.newest_step(place) == step
-    found = checkpoints.newest(place)
-    assert found == state(30)
-    assert {name.split("/")[1] for name in objects(place)} == {"index.json", "step-00000020", "step-00000030"}
-    save(place, 30)  # a step taken again after a restart
-    assert checkpoints.newest(place) == found
-    large = np.random.default_rng(1).bytes(18 << 20)
-    checkpoints.save(place, TrainState(large, large[::-1], b"mean", {"step": 40}))
-    assert checkpoints.newest(place) == TrainState(large, large[::-1], b"mean", {"step": 40})
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("COMMIT", None),
-        ("COMMIT", b'{"model.safetens'),
-        ("model.safetensors", None),
-        ("model.safetensors", b"model"),
-        ("optimizer.pt", b""),
-        ("meta.json", b'{"step": 31}'),
-    ],
-)
-def test_a_torn_newest_checkpoint_is_passed_over(
-    gateway: Gateway, place: Location, name: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for step in (20, 30):
-        save(place, step)
-    torn = place / f"checkpoints/step-00000030/{name}"
-    if content is None:
-        place.fs.delete_file(torn.path)
-    else:
-        put(gateway, torn, content)
-    found = checkpoints.newest(place)
-    assert found == state(20)
-    assert "step-00000030" in capsys.readouterr().out
-    save(place, 30)  # the run goes on from 20 and comes by again
-    found = checkpoints.newest(place)
-    assert found == state(30)
-
-
-def test_a_checkpoint_without_a_place_in_the_index_is_none(place: Location) -> None:
-    save(place, 20)
-    index = read_bytes(place / "checkpoints/index.json")
-    save(place, 30)
-    write_bytes(place / "checkpoints/index.json", index)  # as if killed just before
-    found = checkpoints.newest(place)
-    assert found == state(20)
-
-
-def test_checkpoints_of_a_lost_storage_are_not_taken_for_none(
-    gateway: Gateway, place: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(place, 20)
-    for variables in (
-        gateway.environment(gateway.owner, AWS_SECRET_ACCESS_KEY="wrong"),
-        gateway.environment(gateway.owner, AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_ports(1)[0]}"),
-    ):
-        use(monkeypatch, variables | {"FLAM_STORAGE_RETRY_SECONDS": "2"})
-        lost = resolve(place.uri, check=False)
-        for ask in (checkpoints.newest, checkpoints.newest_step):
-            with pytest.raises(EnvironmentFault):
-                ask(lost)

@@ -14,18 +14,10 @@ from services.feed import Assembler, FeedMeters, FeedPlan, FeedSource, StagePlan
 from services.feed.read import Chunk, read_chunk
 from services.storage import resolve
 from tests.services.fault_proxy import FaultProxy, running_proxy
-from tests.services.rgw_fixture import Gateway, missing_programs, running_gateway
+from tests.services.rgw_fixture import Gateway
 
 pytestmark = pytest.mark.rgw
-
-
-@pytest.fixture(scope="module")
-def gateway() -> Iterator[Gateway]:
-    """A running gateway."""
-    if missing := missing_programs():
-        pytest.skip(f"Ceph is not installed ({', '.join(missing)}): run infra/rgw/install.sh")
-    with running_gateway() as running:
-        yield running
+pytest_plugins = ("tests.services.rgw_fixture",)
 
 
 @pytest.fixture

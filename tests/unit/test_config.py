@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flam_core.config import Config, EvaluationConfig, LossConfig, ModelConfig, StageConfig, TokenizerConfig
+from flam_core.config import Config, LossConfig, ModelConfig, StageConfig, TokenizerConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.config_json import canonical_json, differing_fields, from_dict, to_dict
 from flam_core.errors import SettingsError
 from flam_core.recipes import RECIPES, get_recipe

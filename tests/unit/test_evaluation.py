@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flam_core.config import EvaluationConfig, Measured
+from flam_core.config_evaluation import EvaluationConfig, Measured
 from flam_core.errors import DataError, SettingsError
 from flam_core.evaluation.evaluate import MEASURES, Evaluation, due, evaluate, measure
 from tests.evaluation_fixture import CONFIG, grid_clips, small_flam

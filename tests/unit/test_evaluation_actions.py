@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import DataError, TrainingFailed
 from flam_core.evaluation.action_probe import ActionProbe, Transitions, probe_actions, visible_actions
 from flam_core.evaluation.context import Context

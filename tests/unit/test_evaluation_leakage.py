@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.evaluation.context import Context, HeldOutClip
 from flam_core.evaluation.correspondence import entity_of
 from flam_core.evaluation.interventions import _distance, intervene

@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import nn
 
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import DataError, SettingsError
 from flam_core.evaluation.i3d import I3d
 from flam_core.evaluation.lpips import MIN_SIDE, Lpips

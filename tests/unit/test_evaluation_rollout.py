@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flam_core.config import EvaluationConfig
+from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import DataError, TrainingFailed
 from flam_core.evaluation.context import Context, HeldOutClip, derangement
 from flam_core.evaluation.horizon import HORIZON
