@@ -31,7 +31,7 @@ train: $(READY) data/grid/manifest.json
 test: $(READY)
 	$(RUN) -m pytest -m 'not slow and not chaos and not rgw'
 
-# make test-slow   the learning tests: some minutes each
+# make test-slow   the learning tests and clusters that ask for a token: some minutes each
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
 

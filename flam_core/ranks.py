@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flam_core.data.order import rank_slice
 
@@ -30,6 +34,12 @@ class Share:
         """Of this rank's clips, those that go through the model together."""
         size = min(self.at_a_time or clips, clips)
         return [slice(first, min(first + size, clips)) for first in range(0, clips, size)]
+
+    def rounds(self, batch: int) -> int:
+        """Parts of the rank that has most clips of a global batch: so often all ranks together go through a model whose
+        weights they share out."""
+        most = math.ceil(batch / self.world)
+        return len(self.parts(most))
 
 
 def together() -> bool:
@@ -58,7 +68,88 @@ def gathered(rows: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
+def shard(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Share out weights, gradients and optimiser state of a module's parts of these kinds among the ranks (FSDP2).
+
+    A part's weights are whole only while it computes. What lies outside such parts, little, is on every rank:
+    `average_gradients` is for these.
+    """
+    for part in module.modules():
+        if isinstance(part, kinds):
+            fully_shard(part)
+    return module
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether some of its weights are shared out among ranks."""
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def average_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """Give all ranks the mean of their gradients, of weights that are whole on each."""
+    gradients = [one.grad for one in weights if one.grad is not None and not isinstance(one.grad, DTensor)]
+    if not gradients:
+        return
+    flat = add_up(torch.cat([one.reshape(-1) for one in gradients])) / dist.get_world_size()
+    for one, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+        one.copy_(mean.view_as(one))
+
+
+def clip_norm(weights: list[nn.Parameter], limit: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, also where some gradients are shared out among ranks; the norm before."""
+    gradients = [one.grad for one in weights if one.grad is not None]
+    parts = [one for one in gradients if isinstance(one, DTensor)]
+    if not parts:
+        return nn.utils.clip_grad_norm_(weights, limit)
+    squares = torch.zeros((), device=gradients[0].device)
+    for one in parts:
+        squares = squares + one.to_local().float().square().sum()
+    squares = add_up(squares)
+    for one in gradients:
+        if not isinstance(one, DTensor):
+            squares = squares + one.float().square().sum()
+    norm = squares.sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for one in gradients:
+        (one.to_local() if isinstance(one, DTensor) else one).mul_(scale)
+    return norm
+
+
+def apart_by_kind(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those that are whole on each rank, and those that are shared out; without what is empty."""
+    whole_ones = [one for one in weights if not isinstance(one, DTensor)]
+    parts = [one for one in weights if isinstance(one, DTensor)]
+    groups: list[list[nn.Parameter]] = [[*whole_ones], [*parts]]
+    return [group for group in groups if group]
+
+
+def as_part(value: Tensor, weight: Tensor) -> Tensor:
+    """A tensor as a weight of its shape lies on this rank: the opposite of `whole`."""
+    if isinstance(weight, DTensor) and value.shape == weight.shape:
+        return distribute_tensor(value, weight.device_mesh, weight.placements)
+    return value
+
+
+def whole(value: Tensor) -> Tensor:
+    """A weight that may be shared out among ranks, as it is on one rank alone. All ranks must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def without_sync(module: nn.Module) -> AbstractContextManager[object]:
     """For the backward passes before the last of a step: their gradients need not be summed over ranks yet."""
     no_sync = getattr(module, "no_sync", None)  # of DistributedDataParallel
-    return nullcontext() if no_sync is None else no_sync()
+    if no_sync is not None:
+        return no_sync()
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    return _parts_without_sync(parts) if parts else nullcontext()
+
+
+@contextmanager
+def _parts_without_sync(parts: Sequence[FSDPModule]) -> Iterator[None]:
+    for part in parts:
+        part.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_requires_gradient_sync(True)

@@ -15,6 +15,7 @@ from flam_core.config import ModelConfig, TokenizerConfig
 from flam_core.config_json import from_dict, to_dict
 from flam_core.errors import DataError, EnvironmentFault, SettingsError
 from flam_core.model import Flam
+from flam_core.ranks import whole
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -23,8 +24,8 @@ _FORMAT = 2
 
 
 def weights_to_bytes(model: nn.Module) -> bytes:
-    """The weights and buffers of a model in safetensors format."""
-    return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in _weights(model).items()})
+    """The weights and buffers of a model in safetensors format. If ranks share them out, all must call it."""
+    return safetensors.torch.save({k: whole(v.detach()).cpu().contiguous() for k, v in _weights(model).items()})
 
 
 def weights_from_bytes(model: nn.Module, content: bytes) -> None:

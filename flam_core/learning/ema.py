@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flam_core.ranks import as_part, whole
+
 
 class WeightMean:
     """Exponential moving average of a module's weights and floating-point buffers, in float32.
@@ -31,14 +33,14 @@ class WeightMean:
             mean.lerp_(value.float(), weight)
 
     def state(self) -> dict[str, Tensor]:
-        """The mean of each weight, by its name in the module."""
-        return dict(zip(self._names, self._mean, strict=True))
+        """The mean of each weight, by its name in the module. All ranks must call it."""
+        return {name: whole(mean) for name, mean in zip(self._names, self._mean, strict=True)}
 
     def restore(self, state: dict[str, Tensor], steps: int) -> None:
         """Go on from what `state` gave after so many steps."""
         self.steps = steps
         for name, mean in zip(self._names, self._mean, strict=True):
-            mean.copy_(state[name])
+            mean.copy_(as_part(state[name].to(mean.device), mean))
 
     @torch.no_grad()
     def put_into(self, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 from collections.abc import Callable
@@ -25,7 +24,18 @@ from flam_core.learning.schedule import autocast_dtype, learning_rate
 from flam_core.model import Dynamics, Flam
 from flam_core.model.latent_action import GaussianLatent, VQLatent
 from flam_core.model.warm_start import moving_prototypes
-from flam_core.ranks import Share, add_up, gathered, without_sync
+from flam_core.ranks import (
+    Share,
+    add_up,
+    apart_by_kind,
+    as_part,
+    average_gradients,
+    clip_norm,
+    gathered,
+    sharded,
+    whole,
+    without_sync,
+)
 from flam_core.saved_model import weights_from_bytes, weights_to_bytes
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -68,10 +78,10 @@ class Trainer:
         recomputed: bool = False,
         on_stage: Callable[[Literal["backward", "optimiser"]], None] = lambda _stage: None,
     ) -> None:
-        """`wrap` makes a stage's module distributed (DDP); by default it stays as it is. `tokenizer`: the weights that
-        `config.tokenizer_sha256` speaks of. `compiled`: by `torch.compile`. `recomputed`: keep no activations of blocks
-        for the backward pass. `on_stage` is told what a step goes on to, after its forward pass. Raises DataError if
-        the tokenizer is another."""
+        """`wrap` makes a stage's module distributed (DDP, or `ranks.shard`); by default it stays as it is. `tokenizer`:
+        the weights that `config.tokenizer_sha256` speaks of. `compiled`: by `torch.compile`. `recomputed`: keep no
+        activations of blocks for the backward pass. `on_stage` is told what a step goes on to, after its forward pass.
+        Raises DataError if the tokenizer is another."""
         torch.manual_seed(config.seed)
         self.config, self.device, self.share = config, device, share or Share()
         self.model = Flam(config.tokenizer, config.model).to(device)
@@ -93,6 +103,8 @@ class Trainer:
         self._on_stage = on_stage
         self._prepared_stage = -1
         self._module: nn.Module = self.model
+        self._inner: nn.Module = self.model
+        self._sharded = False
         self._optimizer: torch.optim.Optimizer | None = None
         self._mean: WeightMean | None = None
         self._main: list[nn.Parameter] = []
@@ -137,8 +149,8 @@ class Trainer:
         if not len(clips) == len(ids) == len(frames_u8):
             raise ValueError(f"{len(frames_u8)} clips, {len(ids)} ids, of which {len(clips)} are in the rank's part")
         rate = learning_rate(stage, local)
-        for index, group in enumerate(self._optimizer.param_groups):
-            hold = index == 1 and local < self.config.slot_hold * stage.steps
+        for group in self._optimizer.param_groups:
+            hold = group["held"] and local < self.config.slot_hold * stage.steps
             group["lr"] = 0.0 if hold else rate
         self.model.train()
         latent = self.model.dynamics.latent if self.stage == 1 else None
@@ -147,9 +159,11 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         meters = self._backward(frames_u8, true_actions, clips, latent)
         self._on_stage("optimiser")
-        norm = nn.utils.clip_grad_norm_(self._main, stage.clip_norm)
+        if self._sharded:
+            average_gradients([*self._main, *self._of_prior])
+        norm = clip_norm(self._main, stage.clip_norm)
         # On its own: its likelihood is of another size than the loss, and would set the pace for everything else.
-        nn.utils.clip_grad_norm_(self._of_prior, stage.clip_norm)
+        clip_norm(self._of_prior, stage.clip_norm)
         name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
         if not torch.isfinite(norm):
             raise TrainingFailed(
@@ -190,13 +204,17 @@ class Trainer:
         """Gradients of the global batch's loss, in parts if they are asked for; the meters over all of this rank's."""
         stage, local = self._stage_config()
         name = "tokenizer" if stage is self.config.tokenizer_stage else "flam"
-        parts = self.share.parts(len(clips))
+        parts = [(part, len(clips[part])) for part in self.share.parts(len(clips))]
+        if self._sharded:  # ranks go through such a model together: those with fewer clips once more, for nothing
+            parts += [(slice(0, 1), 0)] * (self.share.rounds(stage.batch_clips) - len(parts))
         total: dict[str, Tensor] = {}
-        for part in parts:
+        for number, (part, counted) in enumerate(parts):
             torch.manual_seed(_hash(self.config.seed, self.step) >> 65)  # 63 bits
             if isinstance(latent, GaussianLatent):
                 latent.places = torch.tensor(clips[part], device=self.device), stage.batch_clips
-            alone = without_sync(self._module) if part is not parts[-1] else nullcontext()
+            if latent is not None:
+                latent.train(counted > 0)
+            alone = without_sync(self._module) if number < len(parts) - 1 else nullcontext()
             with alone:
                 loss, meters = self._loss(
                     frames_u8[part], local / stage.steps, None if true_actions is None else true_actions[part]
@@ -204,10 +222,10 @@ class Trainer:
                 self._on_stage("backward")
                 # Ranks take the mean of their gradients: weighted so, it is that of the whole batch's mean loss. A clip
                 # that is left out weighs nothing.
-                (loss * (len(clips[part]) * self.share.world / stage.batch_clips)).backward()
+                (loss * (counted * self.share.world / stage.batch_clips)).backward()
             apart = meters.get("flam/prior_nll", torch.zeros(()))  # what shares no gradient is no part of the loss
             meters[f"{name}/loss"] = loss.detach() - apart.to(loss.device)
-            share = len(clips[part]) / len(clips)
+            share = counted / len(clips)
             total = {key: total.get(key, 0.0) + share * value for key, value in meters.items()}
         if isinstance(latent, GaussianLatent):
             latent.places = None
@@ -272,8 +290,14 @@ class Trainer:
         self._main = [parameter for parameter in inner.parameters() if id(parameter) not in apart]
         names = {id(parameter) for parameter in held}
         rest = [p for p in inner.parameters() if p.requires_grad and id(p) not in names]
+        self._inner, self._sharded = inner, sharded(inner)
+        groups = [
+            {"params": part, "held": is_held}
+            for weights, is_held in ((rest, False), (held, True))
+            for part in apart_by_kind(weights)  # the optimiser takes no group of both kinds
+        ]
         self._optimizer = torch.optim.AdamW(
-            [{"params": rest}, *([{"params": held}] if held else [])],
+            groups,
             lr=stage.learning_rate,
             weight_decay=stage.weight_decay,
             fused=self.device.type == "cuda",
@@ -295,15 +319,29 @@ class Trainer:
     def state(self) -> TrainState | None:
         """What a checkpoint holds; None on other ranks than the first. All ranks must call it."""
         consumed = self.consumed_by_all()
+        if self.share.rank and not self._sharded:
+            return None
+        weights = weights_to_bytes(self.model)
+        of_optimizer = self._optimizer_state()
+        mean = None if self._mean is None else self._mean.state()
         if self.share.rank:
             return None
         optimizer = io.BytesIO()
-        torch.save(self._optimizer.state_dict() if self._optimizer else {}, optimizer)
+        torch.save(of_optimizer, optimizer)
         meta = {"step": self.step, "stage": self._prepared_stage, "consumed": consumed}
-        mean = None
         if self._mean is not None:
-            mean, meta["mean_steps"] = safetensors.torch.save(self._mean.state()), self._mean.steps
-        return TrainState(weights_to_bytes(self.model), optimizer.getvalue(), mean, meta)
+            meta["mean_steps"] = self._mean.steps
+        return TrainState(weights, optimizer.getvalue(), None if mean is None else safetensors.torch.save(mean), meta)
+
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimiser remembers of each weight, by its name, so that it does not depend on the ranks."""
+        if self._optimizer is None:
+            return {}
+        return {
+            name: {key: whole(value) for key, value in self._optimizer.state[weight].items()}
+            for name, weight in self._inner.named_parameters()
+            if weight in self._optimizer.state
+        }
 
     def restore(self, state: TrainState) -> None:
         """Continue from what `state` returned. Only tensors and plain values are read; pickled code is refused."""
@@ -317,16 +355,29 @@ class Trainer:
         assert self._optimizer is not None
         if self._mean is not None and state.mean is not None:
             self._mean.restore(safetensors.torch.load(state.mean), meta["mean_steps"])
-        self._optimizer.load_state_dict(
-            torch.load(io.BytesIO(state.optimizer), map_location=self.device, weights_only=True)
-        )
+        known = torch.load(io.BytesIO(state.optimizer), map_location=self.device, weights_only=True)
+        weights = dict(self._inner.named_parameters())
+        if odd := sorted(set(known) - set(weights)):
+            raise DataError(
+                f"the optimiser in the checkpoint knows of {odd[0]}, which the model has not",
+                fix="It was written by another version of flam: go on with that, or start anew in another --storage.",
+            )
+        for name, values in known.items():
+            self._optimizer.state[weights[name]] = {key: as_part(value, weights[name]) for key, value in values.items()}
 
     def model_in_use(self) -> Flam:
-        """What the training so far gives: the model, or a copy of it with the mean of its weights."""
-        if self._mean is None:
+        """What the training so far gives, on the first rank: the model, or a copy of it with the mean of its weights.
+        All ranks must call it."""
+        if not self._sharded and (self._mean is None or self.share.rank):
             return self.model
-        model = copy.deepcopy(self.model)
-        self._mean.put_into(model.tokenizer if self._prepared_stage == 0 else model.dynamics)
+        weights = weights_to_bytes(self.model)
+        mean = {} if self._mean is None else self._mean.state()
+        if self.share.rank:
+            return self.model
+        model = Flam(self.config.tokenizer, self.config.model).to(self.device)
+        weights_from_bytes(model, weights)
+        (model.tokenizer if self._prepared_stage == 0 else model.dynamics).load_state_dict(mean, strict=False)
+        model.train(self.model.training)
         return model
 
 

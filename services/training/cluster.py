@@ -40,7 +40,9 @@ def connect(settings: TrainSettings) -> bool:
             ray.init(num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, **common)  # logical CPUs
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(
-            f"no Ray cluster at {address}: {str(error).splitlines()[0]}", fix="Check --address or RAY_ADDRESS."
+            f"no Ray cluster at {address} takes this program: {str(error).splitlines()[0]}",
+            fix="Check --address or RAY_ADDRESS, that Ray has the same version there, and, if the cluster asks for a "
+            "token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.",
         ) from error
     return True
 

@@ -10,7 +10,6 @@ from flam_core.data.quarantine import BadClip
 from flam_core.evaluation.context import HeldOutClip
 from flam_core.evaluation.evaluate import Evaluation, due, evaluate, measure
 from flam_core.evaluation.held_out import held_out_clips
-from flam_core.learning.trainer import Trainer
 from flam_core.model import Flam
 from services.feed import FeedSource
 
@@ -44,19 +43,17 @@ class EvaluationDuring:
         """Whether anything is to be measured after so many steps of the run."""
         return bool(due(self._config.evaluation, step - self._config.tokenizer_stage.steps))
 
-    def __call__(self, trainer: Trainer) -> dict[str, float]:
-        """The metrics that are due after the step just done; mostly none."""
+    def __call__(self, model: Flam, step: int) -> dict[str, float]:
+        """The metrics of the model that are due after so many steps of the run; mostly none."""
         config = self._config.evaluation
-        names = due(config, trainer.step - self._config.tokenizer_stage.steps)
+        names = due(config, step - self._config.tokenizer_stage.steps)
         if not names:
             return {}
         if self._clips is None:
             # A clip that cannot be read is named at the end, if not by the feed before.
             self._clips = _read(self._source, config, "val", lambda _clip: None)
         clips, probes, long_clips = self._clips
-        return measure(
-            trainer.model_in_use(), clips, probes, clips, config, self._config.seed, names, long_clips
-        ).metrics
+        return measure(model, clips, probes, clips, config, self._config.seed, names, long_clips).metrics
 
 
 def clips_of(

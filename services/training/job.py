@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flam_core.config import Config
 from services.feed import FeedPlan
@@ -38,6 +38,7 @@ class WorkerJob:
     """CPU threads of PyTorch; 0: the cores of the worker's machine but one, shared out among its workers."""
     max_bad_share: float
     """Share of clips that may turn out to be broken."""
+    parallel: Literal["ddp", "fsdp"]
     keep: int
     """Newest checkpoints that are kept."""
     clips_at_a_time: int

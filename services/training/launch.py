@@ -209,6 +209,7 @@ def _trainer(
         control,
         settings.threads,
         settings.max_bad_share,
+        settings.parallel,
         settings.keep,
         settings.clips_at_a_time,
         settings.compiled,

@@ -110,12 +110,16 @@ class TrainLog:
         }
 
     def _evaluated(self, trainer: Trainer) -> dict[str, float]:
-        """What `evaluation.during` asks for after this step, as `during/...`. The other ranks wait meanwhile."""
-        if self._journal is None or not self._evaluation.due(trainer.step):
+        """What `evaluation.during` asks for after this step, as `during/...`. The other ranks wait meanwhile. All
+        must call it."""
+        if not self._evaluation.due(trainer.step):
+            return {}
+        model = trainer.model_in_use()
+        if self._journal is None:
             return {}
         begun = time.perf_counter()
         self._heart.stage("evaluation")
-        found = self._evaluation(trainer)
+        found = self._evaluation(model, trainer.step)
         horizon = self._job.config.evaluation.horizon
         if (score := found.get(f"rollout/psnr@{horizon}")) is not None:
             self.score = {trainer.step: score}

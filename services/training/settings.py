@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import flam_core
 from flam_core.config import Config
@@ -58,6 +59,9 @@ class TrainSettings:
     """What the cache may hold."""
     keep: int = 2
     """Newest checkpoints that are kept, beside the one that scored best on held-out clips (evaluation.during)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each worker keeps all weights (ddp), or they share out the blocks' weights, gradients and optimiser state
+    (fsdp): less memory for models that need it, more to send."""
     clips_at_a_time: int = 0
     """Clips that go through the model together on one worker, whose gradients add up to those of the batch; 0: all of
     its part. Fewer take less memory."""

@@ -17,9 +17,10 @@ import ray.train.torch
 import torch
 
 from flam_core.errors import TrainingFailed, pack
+from flam_core.learning.recompute import BLOCKS
 from flam_core.learning.spikes import SpikeWatch
 from flam_core.learning.trainer import Trainer, TrainState
-from flam_core.ranks import Share, add_up
+from flam_core.ranks import Share, add_up, shard
 from services.feed import Assembler, FeedPlan, flam_cause, steps_of
 from services.feed.prefetch import DeviceBatch, DevicePrefetcher, memory_for
 from services.storage import exists, read_bytes, write_bytes
@@ -113,7 +114,7 @@ def _trainer(job: WorkerJob, saved: TrainState | None, heart: Heart, rank: int, 
         job.config,
         ray.train.torch.get_device(),
         share=Share(rank, world, job.clips_at_a_time or None),
-        wrap=ray.train.torch.prepare_model,
+        wrap=ray.train.torch.prepare_model if job.parallel == "ddp" or world == 1 else _shared_out,
         tokenizer=tokenizer,
         compiled=job.compiled,
         recomputed=job.recomputed,
@@ -126,6 +127,10 @@ def _trainer(job: WorkerJob, saved: TrainState | None, heart: Heart, rank: int, 
         seconds = lost * heart.orders.step_seconds
         print(f"resumed at step {trainer.step} of {trainer.total_steps}, lost {seconds:.1f} s of work", flush=True)
     return trainer
+
+
+def _shared_out(module: torch.nn.Module) -> torch.nn.Module:
+    return shard(module, BLOCKS)
 
 
 def _count_start(job: WorkerJob, step: int) -> None:

@@ -210,6 +210,18 @@ def test_a_store_that_answers_503_to_a_fifth_of_requests(
 
 
 @pytest.mark.long
+def test_weights_that_are_shared_out_outlive_a_kill(
+    cluster: Cluster, grid_data: Path, unbroken_run: Trained, tmp_path: Path
+) -> None:
+    """FSDP2 over two workers, of which one is killed."""
+    more = ("--workers", "2", "--worker_cpus", "0.5", "--parallel", "fsdp", "--chaos", "kill:1@120")
+    trained = train(cluster, tmp_path, grid_data, "fsdp", *RESUME_SETTINGS, *more)
+    assert "resumed at step 100" in trained.done.stdout
+    mine, other = (dict(history(cluster, one)["flam/loss"]) for one in (trained, unbroken_run))
+    assert [mine[step] for step in LOGGED] == pytest.approx([other[step] for step in LOGGED], rel=0.15)
+
+
+@pytest.mark.long
 def test_workers_that_get_nowhere_end_the_run(cluster: Cluster, grid_data: Path, tmp_path: Path) -> None:
     faults = ",".join(f"kill:0@{step}" for step in (3, 4, 5))
     arguments = cluster.arguments(grid_data, "nowhere", *RESUME_SETTINGS, "--chaos", faults, "--max_restarts", "1")

@@ -110,12 +110,14 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def wait_for_page(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+def wait_for_page(
+    url: str, process: subprocess.Popen[bytes], log: Path, seconds: float, token: str | None = None
+) -> None:
     """Until `url` answers 200. Raises RuntimeError with the end of `log` if it does not, or if the process ends."""
-    deadline = time.monotonic() + seconds
+    deadline, headers = time.monotonic() + seconds, {"Authorization": f"Bearer {token}"} if token else {}
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(requests.RequestException):
-            if requests.get(url, timeout=5, proxies={"http": ""}).status_code == 200:
+            if requests.get(url, headers=headers, timeout=5, proxies={"http": ""}).status_code == 200:
                 return
         time.sleep(0.3)
     raise RuntimeError(f"no answer from {url} (pid {process.pid}, exit {process.poll()}):\n{log.read_text()[-3000:]}")
@@ -131,12 +133,12 @@ class RayHead:
     """For `ray job submit --address`."""
 
 
-@pytest.fixture(scope="session")
-def ray_head(s3_server: Callable[[], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+@contextmanager
+def running_head(folder_of_log: Path, **variables: str) -> Iterator[RayHead]:
     """A Ray cluster of one node with 4 logical CPUs. Its processes know the S3 server, as a cluster's nodes would."""
     gcs, dashboard, client, agent, agent_grpc, metrics, runtime_env, objects, node = free_ports(9)
     folder = Path(tempfile.mkdtemp(prefix="flam-ray-", dir="/tmp"))  # short: sockets lie in it
-    log = tmp_path_factory.mktemp("ray-head") / "log.txt"
+    log = folder_of_log / "log.txt"
     options = {
         "node-ip-address": HEAD_ADDRESS,
         "port": gcs,
@@ -161,6 +163,7 @@ def ray_head(s3_server: Callable[[], str], tmp_path_factory: pytest.TempPathFact
                 **storage_environment(),
                 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
                 RAY_ADDRESS=f"{HEAD_ADDRESS}:{gcs}",  # else Ray's own helpers are lost beside another cluster
+                **variables,
             ),
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -169,11 +172,18 @@ def ray_head(s3_server: Callable[[], str], tmp_path_factory: pytest.TempPathFact
         )
     try:
         url = f"http://{HEAD_ADDRESS}:{dashboard}"
-        wait_for_page(f"{url}/api/version", head, log, 120)
+        wait_for_page(f"{url}/api/version", head, log, 120, variables.get("RAY_AUTH_TOKEN"))
         yield RayHead(f"{HEAD_ADDRESS}:{gcs}", url)
     finally:
         kill_group(head, 5)  # it would wait 30 s for tasks to drain
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_head(s3_server: Callable[[], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """The cluster of most tests."""
+    with running_head(tmp_path_factory.mktemp("ray-head")) as head:
+        yield head
 
 
 def storage_environment() -> dict[str, str]:

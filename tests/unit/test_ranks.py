@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flam_core.config import Config
 from flam_core.learning.ema import WeightMean
+from flam_core.learning.recompute import BLOCKS
 from flam_core.learning.trainer import Trainer, TrainState
-from flam_core.ranks import Share
+from flam_core.ranks import Share, shard
+from flam_core.saved_model import weights_to_bytes
 from tests.unit.test_trainer import CONFIG, CPU, STAGE_1, STAGE_2, config
 
 BATCH, BROKEN_STEP, BROKEN = 5, 2, 3
@@ -45,28 +47,49 @@ def step(trainer: Trainer) -> dict[str, Tensor]:
     return trainer.over_ranks(measured, len(good))
 
 
-def train(rank: int, world: int, place: str, chosen: Config) -> None:
-    """A rank's whole run; the first leaves state and losses."""
+def sharing(module: torch.nn.Module) -> torch.nn.Module:
+    return shard(module, BLOCKS)
+
+
+def train(rank: int, world: int, place: str, chosen: Config, kind: str = "ddp") -> None:
+    """A rank's whole run; the first leaves state and losses. `fsdp-resumed`: stopped and restored at every step."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=world)
-    wrap = (lambda module: DistributedDataParallel(module)) if world > 1 else None
-    trainer = Trainer(chosen, CPU, share=Share(rank, world), wrap=wrap)
-    losses = [step(trainer) for _ in range(trainer.total_steps)]
+    wrap = (sharing if kind.startswith("fsdp") else DistributedDataParallel) if world > 1 else None
+    at_a_time = 1 if kind == "fsdp-parts" else None
+
+    def begun() -> Trainer:
+        return Trainer(chosen, CPU, share=Share(rank, world, at_a_time), wrap=wrap)
+
+    trainer = begun()
+    losses = []
+    for _ in range(trainer.total_steps):
+        losses.append(step(trainer))
+        if kind == "fsdp-resumed" and trainer.step < trainer.total_steps:
+            told: list[Any] = [trainer.state()]
+            dist.broadcast_object_list(told)
+            trainer = begun()
+            trainer.restore(told[0])
     state = trainer.state()
+    model = trainer.model_in_use()
+    if rank == 0 and chosen.weight_mean == 0:
+        assert weights_to_bytes(model) == (state.model if state else b"")
     if rank == 0:
-        torch.save((state, losses), Path(place) / "done.pt")
+        assert state is not None
+        torch.save((vars(state), losses), Path(place) / "done.pt")
     if world > 1:
         dist.destroy_process_group()
 
 
-def trained(world: int, chosen: Config) -> tuple[TrainState, list[dict[str, Tensor]]]:
+def trained(world: int, chosen: Config, kind: str = "ddp") -> tuple[TrainState, list[dict[str, Tensor]]]:
     with tempfile.TemporaryDirectory() as place:
         if world == 1:
             train(0, 1, place, chosen)
         else:
-            torch.multiprocessing.spawn(train, (world, place, chosen), nprocs=world)
-        return torch.load(Path(place) / "done.pt", weights_only=False)
+            torch.multiprocessing.spawn(train, (world, place, chosen, kind), nprocs=world)
+        state, losses = torch.load(Path(place) / "done.pt", weights_only=True)
+        return TrainState(**state), losses
 
 
 def close(one: TrainState, other: TrainState) -> None:
@@ -96,6 +119,22 @@ def test_any_number_of_ranks_learns_the_same_from_the_same_clips(changes: dict[s
             assert mine.keys() == other.keys()
             key = "flam/loss" if "flam/loss" in mine else "tokenizer/loss"
             assert float(mine[key]) == pytest.approx(float(other[key]), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp-resumed", "fsdp-parts"])
+def test_weights_that_are_shared_out_learn_the_same(kind: str) -> None:
+    chosen = replace(settings(slot_start="motion", rollout_steps=1), weight_mean=0.9 if kind == "fsdp-resumed" else 0.0)
+    alone, losses = trained(1, chosen)
+    state, told = trained(2, chosen, kind)
+    assert state.meta == alone.meta
+    close(state, alone)
+    if alone.mean is not None and state.mean is not None:
+        close(replace(state, model=state.mean), replace(alone, model=alone.mean))
+    for mine, other in zip(told, losses, strict=True):
+        key = "flam/loss" if "flam/loss" in mine else "tokenizer/loss"
+        assert float(mine[key]) == pytest.approx(float(other[key]), rel=1e-3, abs=1e-5)
+        key = key.replace("loss", "grad_norm")
+        assert float(mine[key]) == pytest.approx(float(other[key]), rel=1e-2, abs=1e-5)
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "vq"])
