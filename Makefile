@@ -29,7 +29,8 @@ train: $(READY) data/grid/manifest.json
 	$(RUN) jobs/train.py tiny --data data/grid --workers 2
 
 test: $(READY)
-	$(RUN) -m pytest -m 'not slow and not chaos and not rgw'
+	$(RUN) -m pytest -m 'not slow' -n 2 tests/unit tests/docs
+	$(RUN) -m pytest -m 'not slow and not rgw' --durations 15 tests/services
 
 # make test-slow   the learning tests and clusters that ask for a token: some minutes each
 test-slow: $(READY)

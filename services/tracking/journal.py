@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlflow
 from mlflow.entities import Metric, RunTag
@@ -76,7 +77,6 @@ class Journal:
         """`interval`: seconds between segments. Raises EnvironmentFault if the folder cannot be read."""
         self.info = info
         self._run, self._interval = run, interval
-        self._client = mlflow.MlflowClient(info.tracking_uri)
         self._changed = threading.Condition()
         self._writing = threading.Lock()
         self._unwritten: list[Line] = []
@@ -102,6 +102,11 @@ class Journal:
             self.last_step = max((point.step for point in history), default=-1)
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
+
+    @cached_property
+    def _client(self) -> mlflow.MlflowClient:
+        """Made when it is needed: for a database this takes seconds, which a restarted worker need not wait for."""
+        return mlflow.MlflowClient(self.info.tracking_uri)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take all metrics of a step, unless the journal has that step or a later one already. Never waits."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -18,17 +22,19 @@ from tests.services.conftest import (
     RESUME_STEPS,
     Cluster,
     Trained,
+    committed,
     environment,
     run_id_of,
     run_job,
     said,
     storage_environment,
     train,
+    until,
 )
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
-STOPPED, FAILED = 75, 5
+ENVIRONMENT, STOPPED, FAILED = 3, 75, 5
 LOGGED = [50, 100, 150, 200, 250]
 
 
@@ -219,6 +225,54 @@ def test_weights_that_are_shared_out_outlive_a_kill(
     assert "resumed at step 100" in trained.done.stdout
     mine, other = (dict(history(cluster, one)["flam/loss"]) for one in (trained, unbroken_run))
     assert [mine[step] for step in LOGGED] == pytest.approx([other[step] for step in LOGGED], rel=0.15)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, in memory, that can be filled."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"nothing can be mounted here: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.long
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
+    cluster: Cluster, grid_data: Path, unbroken_run: Trained, small_disk: Path, tmp_path: Path
+) -> None:
+    arguments = cluster.arguments(
+        grid_data, "full", *RESUME_SETTINGS, "--storage", str(small_disk), "--chaos", "slow:0"
+    )
+    index = small_disk / unbroken_run.run_id / "checkpoints" / "index.json"
+    ballast = small_disk / "ballast"
+
+    def fill() -> None:
+        until(lambda: bool(committed(index)))
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    done = run_job(arguments, environment(), tmp_path)
+    filler.join()
+    assert done.returncode == ENVIRONMENT, said(done)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("flam: error:")]
+    assert "No space left" in line
+    assert str(small_disk) in line
+    before = max(committed(index))
+    ballast.unlink()
+    done = run_job(arguments, environment(), tmp_path)
+    assert done.returncode == 0, said(done)
+    assert f"resumed at step {before} of 250" in done.stdout
+    trained = Trained(tmp_path, "full", run_id_of(done.stdout), tuple(arguments), done)
+    assert trained.weights == unbroken_run.weights
+    assert history(cluster, trained) == history(cluster, unbroken_run)
 
 
 @pytest.mark.long

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from tests.services.conftest import (
     run_id_of,
     run_job,
     said,
+    until,
 )
 
 pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(600)]
@@ -33,13 +32,6 @@ def ray_job(cluster: Cluster, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, *words[1:]], env=environment(), capture_output=True, text=True, timeout=400, check=False
     )
-
-
-def until(ready: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.5)
 
 
 def test_a_job_that_is_stopped_commits_and_goes_on(

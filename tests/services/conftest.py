@@ -336,9 +336,16 @@ def unbroken_run(cluster: Cluster, grid_data: Path, tmp_path_factory: pytest.Tem
 
 
 def kill_when(
-    arguments: Sequence[str], env: Mapping[str, str], cwd: Path, ready: Callable[[], bool], seconds: float = 300
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    ready: Callable[[], bool],
+    seconds: float = 300,
+    *,
+    printed: str = "",
 ) -> str:
-    """Start a training run, and once `ready()`, kill -9 its driver and its workers; what it printed.
+    """Start a training run, and once `ready()`, and it has `printed` that, kill -9 its driver and its workers; what it
+    printed. (Ray brings what workers print to the driver, after a while.)
 
     Fails if the run ends before that.
     """
@@ -349,7 +356,7 @@ def kill_when(
         )
     deadline = time.monotonic() + seconds
     try:
-        while not ready():
+        while not (ready() and printed in log.read_text()):
             assert driver.poll() is None, f"the run ended before it was killed\n{log.read_text()[-6000:]}"
             assert time.monotonic() < deadline, f"not ready to be killed in {seconds} s\n{log.read_text()[-6000:]}"
             time.sleep(0.05)
@@ -368,6 +375,14 @@ def _kill_worker(pid: int) -> None:
         worker = psutil.Process(pid)
         if "RayTrainWorker" in " ".join(worker.cmdline()):
             worker.kill()
+
+
+def until(ready: Callable[[], bool], seconds: float = 240) -> None:
+    """Wait for it; fails if it takes longer."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.5)
 
 
 def committed(index: Path) -> list[int]:

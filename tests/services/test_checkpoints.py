@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from flam_core.errors import DataError, EnvironmentFault
 from flam_core.learning.trainer import TrainState
 from services.storage import Location, resolve
 from services.training import checkpoints
+from tests.services.fault_proxy import FaultProxy, running_proxy
 
 
 @pytest.fixture
@@ -96,3 +99,42 @@ def test_a_save_that_fails_is_raised_by_the_next_call(run: Location) -> None:
         writer.wait()
     writer.wait()  # once
     assert checkpoints.newest(run) == state(1)  # what was committed is still there
+
+
+# In a bucket
+
+
+@pytest.fixture
+def proxy(s3_server: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the session's S3 server; a request has one second and a half."""
+    with running_proxy(os.environ["AWS_ENDPOINT_URL"]) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        monkeypatch.setenv("FLAM_STORAGE_RETRY_SECONDS", "1.5")
+        yield running
+
+
+def test_an_upload_that_is_cut_anywhere_costs_no_committed_step(
+    proxy: FaultProxy, s3_server: Callable[[], str]
+) -> None:
+    """The connection breaks at the first, the second, ... object of a checkpoint and stays broken."""
+    run = resolve(f"s3://{s3_server()}/runs/a")
+    checkpoints.save(run, state(1))
+    cuts, step = 0, 1
+    while True:
+        proxy.clear()
+        proxy.script(*[""] * cuts, method="PUT")
+        proxy.always("reset", method="PUT")
+        try:
+            checkpoints.save(run, state(step + 1))
+        except EnvironmentFault:
+            proxy.clear()
+            # Clearing away the oldest comes after the commit, so then the new one is there.
+            assert checkpoints.newest(run) in (state(step), state(step + 1)), f"cut after {cuts} objects"
+            if cuts < 4:
+                assert checkpoints.newest(run) == state(step)  # at least four objects make a commit
+            checkpoints.save(run, state(step + 1))  # by the process that goes on
+            assert checkpoints.newest(run) == state(step + 1)
+            cuts, step = cuts + 1, step + 1
+        else:
+            break
+    assert cuts >= 5  # model, optimiser, mean or meta, COMMIT, index

@@ -24,7 +24,7 @@ from tests.services.conftest import (
     said,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 SETTINGS = 2
 
@@ -48,7 +48,7 @@ def broken(
 ) -> Broken:
     """Kill, damage the newest checkpoint, go on, kill, go on to the end."""
     home = tmp_path_factory.mktemp("broken")
-    arguments = cluster.arguments(grid_data, "broken", *RESUME_SETTINGS)
+    arguments = cluster.arguments(grid_data, "broken", *RESUME_SETTINGS, "--chaos", "slow:0")  # time to be killed in
     checkpoints = home / "outputs" / unbroken_run.run_id / "checkpoints"
     index = checkpoints / "index.json"
 
@@ -56,7 +56,9 @@ def broken(
     first = committed(index)
     truncate(checkpoints / f"step-{first[-1]:08d}" / "model.safetensors")
 
-    second = kill_when(arguments, environment(), home, lambda: max(committed(index)) > first[-1])
+    second = kill_when(
+        arguments, environment(), home, lambda: max(committed(index)) > first[-1], printed="resumed at step"
+    )
     then = committed(index)
 
     done = run_job(arguments, environment(), home)
