@@ -6,9 +6,11 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 import ray.train
@@ -16,8 +18,10 @@ import ray.train.torch
 import torch
 
 from flam_core.data.ingest import ingest_world
+from flam_core.learning.trainer import Trainer
 from flam_core.recipes import get_recipe
 from flam_core.worlds import make_world
+from services.feed.prefetch import DeviceBatch
 from services.storage import Location, read_bytes, resolve, write_bytes
 from services.training import TrainSettings, prepare
 from services.training.launch import run_with
@@ -31,18 +35,25 @@ class OverheadSettings:
     """What `jobs/bench.py overhead` takes."""
 
     recipe: str = "tiny"
-    rounds: int = 8
-    """Pairs of turns."""
-    steps: int = 50
-    """Of a turn; the run commits a checkpoint in each of its turns."""
+    times: int = 4
+    """Clips of a batch, in those of the recipe, so that a step takes 100 ms or more."""
+    rounds: int = 30
+    """Turns of each kind."""
+    steps: int = 10
+    """Of a turn."""
+    checkpoint_every: int = 100
+    """Steps of the service."""
     episodes: int = 100
     """Of 64 frames of `grid`, made for the run."""
 
 
 def bench_overhead(settings: OverheadSettings) -> dict[str, Any]:
-    """Seconds of a step with the service (feed, heartbeat, agreement, log, journal, checkpoints) and without.
+    """Seconds of a step with the service (heartbeat, agreement, log, journal, checkpoints) and without.
 
-    `overhead` is the median over rounds of one over the other, less 1.
+    `overhead` is the median over rounds of a turn of the service over one of a bare loop, less 1; the loop takes its
+    batches from the same feed and does nothing but the trainer's step. `overhead_and_feed`: over one that goes through
+    ten batches in memory again and again, so that the feed's work on the same cores counts too. `outside_share`: the
+    part of the service's steps that is spent outside of the trainer's.
     """
     recipe = get_recipe(settings.recipe)
     with tempfile.TemporaryDirectory(prefix="flam-overhead-") as name:
@@ -50,7 +61,12 @@ def bench_overhead(settings: OverheadSettings) -> dict[str, Any]:
         world = make_world("grid", frame_size=recipe.tokenizer.frame_size, agents=3, cells=6)
         data = resolve(str(place / "grid"))
         ingest_world(world, data.fs, data.path, episodes=settings.episodes, frames=64)
-        config = replace(recipe, checkpoint_every=settings.steps)
+        stage = replace(
+            recipe.tokenizer_stage,
+            batch_clips=settings.times * recipe.tokenizer_stage.batch_clips,
+            steps=2 * settings.rounds * settings.steps + 2,  # all turns are in stage 1
+        )
+        config = replace(recipe, tokenizer_stage=stage, checkpoint_every=settings.checkpoint_every)
         prepared = prepare(
             config,
             TrainSettings(data=data.path, storage=str(place / "runs"), tracking=f"sqlite:///{place / 'mlflow.db'}"),
@@ -68,43 +84,69 @@ class _Turns:
 
     def __call__(self, given: dict[str, Any]) -> None:
         with opened(given["job"]) as training:
-            rounds = self._turns(training)
-        ratios = [one["with"] / one["without"] for one in rounds]
-        result = {
-            "overhead": statistics.median(ratios) - 1,
-            "rounds": [ratio - 1 for ratio in ratios],
-            "step_seconds": statistics.median(one["without"] for one in rounds),
-            "step_seconds_with": statistics.median(one["with"] for one in rounds),
-            "steps_of_a_turn": self.steps,
-        }
+            result = self._turns(training)
         _leave(given["job"].run, result)
         ray.train.report({"step": training.trainer.step})
 
-    def _turns(self, training: Training) -> list[dict[str, float]]:
-        batches, found = training.batches(), []
+    def _turns(self, training: Training) -> dict[str, Any]:
+        batches = training.batches()
         training.step(next(batches))  # the first is slow
-        for _ in range(self.rounds):
-            begun, kept = time.perf_counter(), []
-            for _ in range(self.steps):
-                batch = next(batches)
-                kept = [*kept[-9:], batch]
-                training.step(batch)
-            of_service = time.perf_counter() - begun
-            found.append({"with": of_service / self.steps, "without": self._bare(training, kept)})
-        return found
+        kept: list[DeviceBatch] = []
+        found: dict[str, list[float]] = {"served": [], "loop": [], "memory": [], "outside": []}
+        for number in range(self.rounds):
+            for kind in ("served", "loop") if number % 2 else ("loop", "served"):
+                kept, begun = [], time.perf_counter()
+                with mock.patch.object(
+                    training.trainer, "train_step", _Stopwatch(training.trainer.train_step)
+                ) as inside:
+                    for _ in range(self.steps):
+                        kept.append(next(batches))
+                        training.step(kept[-1]) if kind == "served" else _bare(training.trainer, kept[-1])
+                took = time.perf_counter() - begun
+                found[kind].append(took / self.steps)
+                if kind == "served":
+                    found["outside"].append(1 - inside.seconds / took)
+            found["memory"].append(self._from_memory(training.trainer, kept))
+        over = {
+            kind: [one / other - 1 for one, other in zip(found["served"], found[kind], strict=True)]
+            for kind in ("loop", "memory")
+        }
+        return {
+            "overhead": statistics.median(over["loop"]),
+            "overhead_and_feed": statistics.median(over["memory"]),
+            "outside_share": statistics.median(found["outside"]),
+            **{f"{kind}_step_seconds": statistics.median(found[kind]) for kind in ("served", "loop", "memory")},
+            "rounds": over,
+            "steps_of_a_turn": self.steps,
+        }
 
-    def _bare(self, training: Training, kept: list[Any]) -> float:
-        """Seconds of a step of the trainer alone; its steps do not count, though it learns from them."""
-        trainer = training.trainer
-        step = trainer.step
-        begun = time.perf_counter()
+    def _from_memory(self, trainer: Trainer, kept: list[DeviceBatch]) -> float:
+        """Seconds of a step without feed and service; such steps do not count, though the trainer learns from them."""
+        step, begun = trainer.step, time.perf_counter()
         for number in range(self.steps):
-            batch = kept[number % len(kept)]
-            trainer.train_step(batch.frames, batch.ids, batch.actions, batch.places)
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
+            _bare(trainer, kept[number % len(kept)])
         trainer.step = step
         return (time.perf_counter() - begun) / self.steps
+
+
+def _bare(trainer: Trainer, batch: DeviceBatch) -> None:
+    trainer.train_step(batch.frames, batch.ids, batch.actions, batch.places)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+
+
+class _Stopwatch:
+    """A function, and the seconds spent in it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.seconds = function, 0.0
+
+    def __call__(self, *given: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return self._function(*given)
+        finally:
+            self.seconds += time.perf_counter() - begun
 
 
 def _leave(run: Location, result: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 from tenacity import (
@@ -44,6 +45,7 @@ def retried(request: Callable[[], T], *, seconds: float, served_before: bool = F
     def send() -> T:
         counters.add(requests=1)
         if random.random() < _chaos_share():
+            _say_once()
             raise OSError("AWS Error SLOW_DOWN (HTTP status 503): chaos")
         return request()
 
@@ -70,6 +72,11 @@ def retried(request: Callable[[], T], *, seconds: float, served_before: bool = F
         text = " ".join(str(last).split())
         said = f"{text} after {tries} {'try' if tries == 1 else 'tries'} in {time.monotonic() - started:.0f} s"
         raise GaveUp(said) from last
+
+
+@cache
+def _say_once() -> None:
+    print(f"chaos: s3-503: requests of process {os.getpid()} are answered with 503", flush=True)
 
 
 def _chaos_share() -> float:
