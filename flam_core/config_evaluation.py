@@ -68,3 +68,7 @@ class EvaluationConfig:
                     f"evaluation.{name}_weights and evaluation.{name}_sha256 belong together, and one is missing",
                     fix="Give both, or neither.",
                 )
+
+    def due(self, step: int) -> tuple[Measured, ...]:
+        """What to measure after so many steps of stage 2 (`during`)."""
+        return tuple(name for name, cadence in self.during if step > 0 and step % cadence == 0)

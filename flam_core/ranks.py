@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flam_core.data.order import rank_slice
+
+if TYPE_CHECKING:  # it takes more than a second to import them, which only runs that share out weights should wait for
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,28 @@ def shard(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
     A part's weights are whole only while it computes. What lies outside such parts, little, is on every rank:
     `average_gradients` is for these.
     """
+    from torch.distributed.fsdp import fully_shard
+
     for part in module.modules():
         if isinstance(part, kinds):
             fully_shard(part)
     return module
 
 
+def _in_parts(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is shared out among ranks; nothing is, where what does so was never imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def sharded(module: nn.Module) -> bool:
     """Whether some of its weights are shared out among ranks."""
-    return any(isinstance(weight, DTensor) for weight in module.parameters())
+    return any(_in_parts(weight) for weight in module.parameters())
 
 
 def average_gradients(weights: Iterable[nn.Parameter]) -> None:
     """Give all ranks the mean of their gradients, of weights that are whole on each."""
-    gradients = [one.grad for one in weights if one.grad is not None and not isinstance(one.grad, DTensor)]
+    gradients = [one.grad for one in weights if one.grad is not None and not _in_parts(one.grad)]
     if not gradients:
         return
     flat = add_up(torch.cat([one.reshape(-1) for one in gradients])) / dist.get_world_size()
@@ -98,7 +110,7 @@ def average_gradients(weights: Iterable[nn.Parameter]) -> None:
 def clip_norm(weights: list[nn.Parameter], limit: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_`, also where some gradients are shared out among ranks; the norm before."""
     gradients = [one.grad for one in weights if one.grad is not None]
-    parts = [one for one in gradients if isinstance(one, DTensor)]
+    parts = [one for one in gradients if _in_parts(one)]
     if not parts:
         return nn.utils.clip_grad_norm_(weights, limit)
     squares = torch.zeros((), device=gradients[0].device)
@@ -106,33 +118,33 @@ def clip_norm(weights: list[nn.Parameter], limit: float) -> Tensor:
         squares = squares + one.to_local().float().square().sum()
     squares = add_up(squares)
     for one in gradients:
-        if not isinstance(one, DTensor):
+        if not _in_parts(one):
             squares = squares + one.float().square().sum()
     norm = squares.sqrt()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for one in gradients:
-        (one.to_local() if isinstance(one, DTensor) else one).mul_(scale)
+        (one.to_local() if _in_parts(one) else one).mul_(scale)
     return norm
 
 
 def apart_by_kind(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Those that are whole on each rank, and those that are shared out; without what is empty."""
-    whole_ones = [one for one in weights if not isinstance(one, DTensor)]
-    parts = [one for one in weights if isinstance(one, DTensor)]
-    groups: list[list[nn.Parameter]] = [[*whole_ones], [*parts]]
+    groups = [[one for one in weights if _in_parts(one) is shared] for shared in (False, True)]
     return [group for group in groups if group]
 
 
 def as_part(value: Tensor, weight: Tensor) -> Tensor:
     """A tensor as a weight of its shape lies on this rank: the opposite of `whole`."""
-    if isinstance(weight, DTensor) and value.shape == weight.shape:
+    if _in_parts(weight) and value.shape == weight.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, weight.device_mesh, weight.placements)
     return value
 
 
 def whole(value: Tensor) -> Tensor:
     """A weight that may be shared out among ranks, as it is on one rank alone. All ranks must call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if _in_parts(value) else value
 
 
 def without_sync(module: nn.Module) -> AbstractContextManager[object]:
@@ -140,8 +152,11 @@ def without_sync(module: nn.Module) -> AbstractContextManager[object]:
     no_sync = getattr(module, "no_sync", None)  # of DistributedDataParallel
     if no_sync is not None:
         return no_sync()
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    return _parts_without_sync(parts) if parts else nullcontext()
+    if not sharded(module):
+        return nullcontext()
+    from torch.distributed.fsdp import FSDPModule
+
+    return _parts_without_sync([part for part in module.modules() if isinstance(part, FSDPModule)])
 
 
 @contextmanager

@@ -26,7 +26,10 @@ from flam_core.config import Config
 from flam_core.errors import SettingsError
 from flam_core.recipes import get_recipe
 from services.console import run_program, table
-from services.training import RunResult, RunState, TrainSettings, follow, list_runs, prepare, train
+from services.training.launch import RunResult, train
+from services.training.prepare import prepare
+from services.training.runs import RunState, follow, list_runs
+from services.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

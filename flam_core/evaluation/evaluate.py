@@ -92,11 +92,6 @@ def measure(
         return _run(context, names)
 
 
-def due(config: EvaluationConfig, step: int) -> tuple[Measured, ...]:
-    """What to measure after so many steps of stage 2 (`config.during`)."""
-    return tuple(name for name, cadence in config.during if step > 0 and step % cadence == 0)
-
-
 def _run(context: Context, names: Sequence[Measured]) -> Findings:
     """The findings of the named measures, together."""
     estimates: dict[str, Estimate] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 PSNR_CAP = 100.0
 """dB; a prediction without any error has no finite PSNR, and JSON has no infinity."""
@@ -23,6 +22,9 @@ def frame_mse(prediction: Tensor, truth: Tensor) -> Tensor:
 
 def frame_ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """SSIM [B, S] of frames float [B, S, H, W, 3] in [0, 1] (Wang et al. 2004: 11 x 11 Gaussian window, sigma 1.5)."""
+    # A second, and matplotlib with it; the driver of a run imports this module and never measures anything.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     b, s = truth.shape[:2]
     x, y = (frames.flatten(0, 1).permute(0, 3, 1, 2).contiguous() for frames in (prediction, truth))
     values = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")

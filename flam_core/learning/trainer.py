@@ -6,8 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -21,6 +20,7 @@ from flam_core.learning.losses import beta_at, flam_loss, tokenizer_loss
 from flam_core.learning.meters import tokenizer_meters
 from flam_core.learning.recompute import recompute
 from flam_core.learning.schedule import autocast_dtype, learning_rate
+from flam_core.learning.state import TrainState
 from flam_core.model import Dynamics, Flam
 from flam_core.model.latent_action import GaussianLatent, VQLatent
 from flam_core.model.warm_start import moving_prototypes
@@ -41,20 +41,6 @@ from flam_core.saved_model import weights_from_bytes, weights_to_bytes
 Wrap = Callable[[nn.Module], nn.Module]
 _LIMBS = (0, 32, 64, 96)
 _CONSUMED = 1 << 128
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that a run needs to go on, but for its config."""
-
-    model: bytes
-    """safetensors."""
-    optimizer: bytes
-    """PyTorch's format, tensors and plain values alone."""
-    mean: bytes | None
-    """safetensors: the running mean of the weights of the module in training, if there is one."""
-    meta: dict[str, Any]
-    """Plain JSON values: `step`, `stage`, `consumed` and, with a mean, `mean_steps`."""
 
 
 class Trainer:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from flam_core.config import ModelConfig
@@ -155,6 +154,8 @@ class VQLatent(nn.Module):
     @torch.no_grad()
     def start_codes(self, x: Tensor, seed: int) -> None:
         """Set the codes to the clusters of x [N, A]."""
+        from sklearn.cluster import KMeans  # a second, once in a run, which no other start need wait for
+
         means = KMeans(self.codebook.num_embeddings, n_init=4, random_state=seed)  # pyright: ignore[reportArgumentType]
         centres = means.fit(x.double().cpu().numpy()).cluster_centers_
         self.codebook.weight.copy_(F.normalize(torch.from_numpy(centres), dim=-1))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 _SAME = 0.1
@@ -25,6 +23,9 @@ def moving_prototypes(z_btpc: Tensor, count: int, seed: int) -> Tensor:
     is background). Not by direction: things that differ in brightness alone would share a start (docs/devlog.md).
     Where fewer than `count` things move, the rest are the patches of the sample that are least like those found.
     """
+    from sklearn.cluster import KMeans  # a second, once in a run, which no other start need wait for
+    from sklearn.exceptions import ConvergenceWarning
+
     patches = z_btpc[:, 1:].flatten(0, 2).double()
     energy = patches.pow(2).sum(dim=-1)
     changed = (z_btpc[:, 1:] - z_btpc[:, :-1]).double().pow(2).sum(dim=-1).flatten()

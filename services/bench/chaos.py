@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flam_core.errors import TrainingFailed
-from services.tracking import logged_steps
+from services.tracking.run import logged_steps
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _STEPS, _EVERY, _LOGGED = 250, 10, 50

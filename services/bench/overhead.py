@@ -23,8 +23,9 @@ from flam_core.recipes import get_recipe
 from flam_core.worlds import make_world
 from services.feed.prefetch import DeviceBatch
 from services.storage import Location, read_bytes, resolve, write_bytes
-from services.training import TrainSettings, prepare
 from services.training.launch import run_with
+from services.training.prepare import prepare
+from services.training.settings import TrainSettings
 from services.training.worker import Training, opened
 
 _RESULT = "overhead.json"

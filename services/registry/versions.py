@@ -20,7 +20,7 @@ from mlflow.types import Schema, TensorSpec
 
 from flam_core.errors import DataError
 from flam_core.saved_model import CONFIG, WEIGHTS
-from services.tracking import RunInfo, check_server, default_tracking_uri, refusals
+from services.tracking.server import RunInfo, check_server, default_tracking_uri, refusals
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("torch", "safetensors", "einops", "numpy", "mlflow")

@@ -21,13 +21,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-
-import mlflow
-from mlflow.entities import Metric, RunTag
+from typing import TYPE_CHECKING
 
 from flam_core.errors import DataError, EnvironmentFault
 from services.storage import Location, exists, read_bytes, write_bytes
-from services.tracking.run import STEP_METRIC, RunInfo, check_server, named, refusals
+from services.tracking.server import STEP_METRIC, RunInfo, check_server, named, refusals
+
+if TYPE_CHECKING:
+    import mlflow
 
 _METRICS_A_CALL = 900  # MLflow takes at most 1,000
 _TAGS_A_CALL = 100
@@ -105,7 +106,10 @@ class Journal:
 
     @cached_property
     def _client(self) -> mlflow.MlflowClient:
-        """Made when it is needed: for a database this takes seconds, which a restarted worker need not wait for."""
+        """Made when it is needed, by the thread that sends: this takes seconds, which a restarted worker need not wait
+        for."""
+        import mlflow
+
         return mlflow.MlflowClient(self.info.tracking_uri)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -179,6 +183,8 @@ class Journal:
 
     def _send(self) -> bool:
         """Whether MLflow took all segments that were there."""
+        from mlflow.entities import Metric, RunTag
+
         waiting = list(self._unsent)
         lines = [line for _, of_segment in waiting for line in of_segment]
         try:

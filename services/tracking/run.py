@@ -6,52 +6,20 @@ run reopens the same MLflow run.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlparse
 
 import mlflow
-import requests
 from mlflow.entities import Metric, Param, RunStatus, RunTag
-from mlflow.exceptions import MlflowException
 
-from flam_core.errors import EnvironmentFault, SettingsError
+from flam_core.errors import EnvironmentFault
+from services.tracking.server import STEP_METRIC, RunInfo, check_server, named, refusals
 
-STEP_METRIC = "progress/step"
 _RUN_TAG = "flam.run_id"
 _BATCH = 900  # MLflow takes at most 1,000 metrics a call
-
-# A command line tool of a team's own cluster must not send usage data to third parties.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """Which MLflow run; can be sent to other processes."""
-
-    tracking_uri: str
-    experiment: str
-    run_id: str
-    """MLflow's id."""
-    name: str
-    """flam's id."""
-
-
-def named(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The same under names that MLflow takes: `rollout/psnr_at_1`."""
-    return {key.replace("@", "_at_"): value for key, value in metrics.items()}
-
-
-def default_tracking_uri(home: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or an SQLite file below `home`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
 
 
 def open_run(
@@ -178,45 +146,6 @@ class TrackedRun:
         """End the run truly."""
         with refusals(self.info.tracking_uri, "does not end the run"):
             self._client.set_terminated(self.info.run_id, RunStatus.to_string(RunStatus.from_string(status)))
-
-
-@contextmanager
-def refusals(
-    tracking_uri: str, what: str, *, fix: str = "Bring it back and run the same command again: it resumes."
-) -> Iterator[None]:
-    """Raises EnvironmentFault, one line, for what MLflow and the network under it raise inside."""
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EnvironmentFault(f"MLflow at {tracking_uri} {what}: {reason}", fix=fix) from error
-
-
-def check_server(tracking_uri: str) -> None:
-    """Ask an MLflow server for its health, once and quickly, instead of through MLflow's minutes of retries.
-
-    Raises EnvironmentFault if it does not answer, SettingsError for an address that cannot be one.
-    """
-    parts = urlparse(tracking_uri)
-    if parts.scheme == "sqlite":
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return
-    if parts.scheme not in ("http", "https"):
-        raise SettingsError(
-            f"tracking address {tracking_uri} is not one flam can use",
-            fix="Give http(s)://host:port or sqlite:///file.",
-        )
-    try:
-        answer = requests.get(f"{tracking_uri.rstrip('/')}/health", timeout=10)
-    except requests.RequestException as error:
-        raise EnvironmentFault(
-            f"no MLflow server answers at {tracking_uri} ({type(error).__name__})",
-            fix="Start it, or correct --tracking or MLFLOW_TRACKING_URI; without either flam uses a local SQLite file.",
-        ) from error
-    if answer.status_code != 200:
-        raise EnvironmentFault(
-            f"MLflow at {tracking_uri} answers {answer.status_code}", fix="Check the address and the credentials."
-        )
 
 
 def _artifacts(tracking_uri: str) -> str | None:

@@ -28,7 +28,7 @@ import torch
 
 from flam_core.errors import SettingsError
 from services.storage import Location, exists, read_bytes, write_bytes
-from services.tracking import Journal
+from services.tracking.journal import Journal
 
 _STEP = 10
 _SLOW_SECONDS = 0.05

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from flam_core.config import Config
 from flam_core.config_json import canonical_json, differing_fields, from_dict, to_dict
 from flam_core.errors import DataError, SettingsError
-from flam_core.learning.trainer import TrainState
+from flam_core.learning.state import TrainState
 from services.storage import Location, exists, read_bytes, write_bytes
 
 _MODEL, _OPTIMIZER, _MEAN, _META = "model.safetensors", "optimizer.pt", "mean.safetensors", "meta.json"

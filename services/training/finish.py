@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,23 +18,15 @@ from flam_core.model import Flam
 from flam_core.saved_model import save_model
 from services.registry import register
 from services.storage import write_bytes
-from services.tracking import RunInfo, TrackedRun
+from services.tracking.run import TrackedRun
+from services.tracking.server import RunInfo
 from services.training import checkpoints
 from services.training.broken import add_broken
 from services.training.held_out import evaluate_on
-from services.training.job import KEPT_FOR_RESUME
+from services.training.job import KEPT_FOR_RESUME, Finished
 
 if TYPE_CHECKING:
     from services.training.prepare import Prepared
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What `finish` left."""
-
-    outputs: Path
-    metrics: dict[str, float]
-    model_address: str | None
 
 
 def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:

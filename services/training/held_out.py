@@ -8,7 +8,7 @@ from flam_core.config import Config
 from flam_core.config_evaluation import EvaluationConfig
 from flam_core.data.quarantine import BadClip
 from flam_core.evaluation.context import HeldOutClip
-from flam_core.evaluation.evaluate import Evaluation, due, evaluate, measure
+from flam_core.evaluation.evaluate import Evaluation, evaluate, measure
 from flam_core.evaluation.held_out import held_out_clips
 from flam_core.model import Flam
 from services.feed import FeedSource
@@ -39,14 +39,10 @@ class EvaluationDuring:
         self._config, self._source = config, source
         self._clips: tuple[list[HeldOutClip], list[HeldOutClip], list[HeldOutClip]] | None = None
 
-    def due(self, step: int) -> bool:
-        """Whether anything is to be measured after so many steps of the run."""
-        return bool(due(self._config.evaluation, step - self._config.tokenizer_stage.steps))
-
     def __call__(self, model: Flam, step: int) -> dict[str, float]:
         """The metrics of the model that are due after so many steps of the run; mostly none."""
         config = self._config.evaluation
-        names = due(config, step - self._config.tokenizer_stage.steps)
+        names = config.due(step - self._config.tokenizer_stage.steps)
         if not names:
             return {}
         if self._clips is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from flam_core.config import Config
 from services.feed import FeedPlan
 from services.storage import Location
-from services.tracking import RunInfo
+from services.tracking.server import RunInfo
 
 TOKENIZER = "tokenizer.safetensors"
 """A tokenizer that was given."""
@@ -49,3 +50,12 @@ class WorkerJob:
     """Times that workers may begin in a row without a new checkpoint."""
     chaos: tuple[str, ...]
     """Faults to bring about (`services.training.chaos`)."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `services.training.finish` left."""
+
+    outputs: Path
+    metrics: dict[str, float]
+    model_address: str | None

@@ -23,14 +23,15 @@ from flam_core.errors import EnvironmentFault, FlamError, Stopped, TrainingFaile
 from services.console import live_line
 from services.feed import CacheSettings, flam_cause
 from services.storage import Location, exists, read_bytes, write_bytes
-from services.tracking import Journal, RunInfo, TrackedRun, check_server, default_tracking_uri, open_run
+from services.tracking.journal import Journal
+from services.tracking.run import TrackedRun, open_run
+from services.tracking.server import RunInfo, check_server, default_tracking_uri
 from services.training import checkpoints
 from services.training.broken import merge_broken
 from services.training.cluster import FEED_CPUS, check_resources, connect
 from services.training.data import data_sha256
 from services.training.elastic import ElasticData, nothing, parse_workers
-from services.training.finish import Finished, finish
-from services.training.job import FEED_TOTALS, STARTS, TOKENIZER, WorkerJob
+from services.training.job import FEED_TOTALS, STARTS, TOKENIZER, Finished, WorkerJob
 from services.training.prepare import Prepared, as_given, home
 from services.training.stopping import Stopping
 from services.training.worker import train_worker
@@ -286,11 +287,17 @@ def _failed(error: BaseException) -> TrainingFailed:
 
 def _finish(prepared: Prepared, tracking: RunInfo) -> Finished:
     """Evaluation and registration, where the accelerator is: as a Ray task."""
-    task = ray.remote(num_cpus=1, num_gpus=1 if prepared.settings.gpu else 0, max_retries=0)(finish)
+    task = ray.remote(num_cpus=1, num_gpus=1 if prepared.settings.gpu else 0, max_retries=0)(_finish_here)
     try:
         return ray.get(task.remote(prepared, tracking, home() / "outputs" / prepared.run_id))
     except RayError as error:
         raise flam_cause(error) or _failed(error) from error
+
+
+def _finish_here(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
+    from services.training.finish import finish  # seconds of imports, which the driver need not wait for
+
+    return finish(prepared, tracking, outputs)
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,10 +17,12 @@ from flam_core.learning.trainer import Trainer
 from services.feed import FeedMeters, FeedPlan
 from services.feed.meters import FeedGauges
 from services.feed.spill import spilled_bytes
-from services.tracking import Journal
-from services.training.held_out import EvaluationDuring
+from services.tracking.journal import Journal
 from services.training.job import WorkerJob
 from services.watch import Heart
+
+if TYPE_CHECKING:
+    from services.training.held_out import EvaluationDuring
 
 _LOG_EVERY = 50
 _SUMMED = ("bytes_read", "retries", "broken_clips")
@@ -37,7 +40,7 @@ class TrainLog:
         self._job, self._plan, self._journal, self._heart = job, plan, journal, heart
         self._gauges = FeedGauges(job.run.path.rpartition("/")[2], heart.rank)
         self._spilled_before = spilled_bytes()
-        self._evaluation = EvaluationDuring(job.config, plan.sources[0])
+        self._evaluation: EvaluationDuring | None = None
         self._flops: dict[int, float] = {}
         self._begun = False
         self._totals: defaultdict[str, float] = defaultdict(float)
@@ -112,13 +115,17 @@ class TrainLog:
     def _evaluated(self, trainer: Trainer) -> dict[str, float]:
         """What `evaluation.during` asks for after this step, as `during/...`. The other ranks wait meanwhile. All
         must call it."""
-        if not self._evaluation.due(trainer.step):
+        if not self._job.config.evaluation.due(trainer.step - self._job.config.tokenizer_stage.steps):
             return {}
         model = trainer.model_in_use()
         if self._journal is None:
             return {}
         begun = time.perf_counter()
         self._heart.stage("evaluation")
+        if self._evaluation is None:
+            from services.training.held_out import EvaluationDuring  # seconds, which a start need not wait for
+
+            self._evaluation = EvaluationDuring(self._job.config, self._plan.sources[0])
         found = self._evaluation(model, trainer.step)
         horizon = self._job.config.evaluation.horizon
         if (score := found.get(f"rollout/psnr@{horizon}")) is not None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from flam_core.errors import DataError, EnvironmentFault, SettingsError
 from services.storage import exists, resolve
-from services.tracking import default_tracking_uri, known_runs, segments
+from services.tracking.journal import segments
+from services.tracking.run import known_runs
+from services.tracking.server import default_tracking_uri
 from services.training import checkpoints
 from services.training.prepare import at_home, home
 from services.training.settings import TrainSettings

@@ -19,12 +19,13 @@ import torch
 from flam_core.errors import TrainingFailed, pack
 from flam_core.learning.recompute import BLOCKS
 from flam_core.learning.spikes import SpikeWatch
-from flam_core.learning.trainer import Trainer, TrainState
+from flam_core.learning.state import TrainState
+from flam_core.learning.trainer import Trainer
 from flam_core.ranks import Share, add_up, shard
 from services.feed import Assembler, FeedPlan, flam_cause, steps_of
 from services.feed.prefetch import DeviceBatch, DevicePrefetcher, memory_for
 from services.storage import exists, read_bytes, write_bytes
-from services.tracking import Journal
+from services.tracking.journal import Journal
 from services.training import checkpoints
 from services.training.agree import agree
 from services.training.broken import BrokenClips

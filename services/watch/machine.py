@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import psutil
-import torch
 
 
 class Machine:
@@ -26,7 +28,8 @@ class Machine:
             "network_sent_gb": (network.bytes_sent - self._network.bytes_sent) / 1e9,
         }
         self._network = network
-        for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        torch: Any = sys.modules.get("torch")  # who has not loaded it uses no GPU
+        for device in range(torch.cuda.device_count() if torch and torch.cuda.is_initialized() else 0):
             free, total = torch.cuda.mem_get_info(device)
             found[f"gpu{device}_memory_gb"] = (total - free) / 1e9
         return found

@@ -15,7 +15,7 @@ import boto3
 import pytest
 
 from services.storage import resolve
-from services.tracking import segments
+from services.tracking.journal import segments
 from services.watch import BUCKETS
 from tests.services.conftest import (
     RESUME_SETTINGS,

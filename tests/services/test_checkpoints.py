@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flam_core.errors import DataError, EnvironmentFault
-from flam_core.learning.trainer import TrainState
+from flam_core.learning.state import TrainState
 from services.storage import Location, resolve
 from services.training import checkpoints
 from tests.services.fault_proxy import FaultProxy, running_proxy

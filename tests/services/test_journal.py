@@ -14,7 +14,9 @@ import pytest
 
 from flam_core.errors import DataError, EnvironmentFault
 from services.storage import Location, resolve
-from services.tracking import Journal, RunInfo, open_run, segments
+from services.tracking.journal import Journal, segments
+from services.tracking.run import open_run
+from services.tracking.server import RunInfo
 from tests.services.conftest import Tracking, environment, free_ports, kill_group, running_mlflow
 
 pytestmark = pytest.mark.timeout(200)
@@ -163,7 +165,8 @@ def test_in_a_bucket(mlflow_server: Tracking, s3_server: Callable[[], str], tmp_
 _LOGS = """
 import sys, time
 from services.storage import resolve
-from services.tracking import Journal, RunInfo
+from services.tracking.journal import Journal
+from services.tracking.server import RunInfo
 info, run = RunInfo(*sys.argv[1:5]), resolve(sys.argv[5])
 journal = Journal(info, run, interval=0.02)
 begin = journal.last_step + 1

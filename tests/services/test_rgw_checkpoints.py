@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flam_core.errors import EnvironmentFault
-from flam_core.learning.trainer import TrainState
+from flam_core.learning.state import TrainState
 from services.storage import Location, read_bytes, resolve, write_bytes
 from services.training import checkpoints
 from tests.services.conftest import free_ports

@@ -16,7 +16,7 @@ from flam_core.data.ingest import ingest_world
 from flam_core.data.manifest import read_manifest
 from flam_core.data.shard import verify_shard
 from flam_core.errors import EnvironmentFault
-from flam_core.learning.trainer import TrainState
+from flam_core.learning.state import TrainState
 from services.storage import Location, exists, read_bytes, resolve, write_bytes
 from services.training import checkpoints
 from tests.services.conftest import environment, free_ports, run_job, said

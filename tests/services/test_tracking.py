@@ -11,7 +11,8 @@ import pytest
 from flam_core.errors import EnvironmentFault
 from services.registry import register
 from services.storage import resolve
-from services.tracking import Journal, TrackedRun, open_run
+from services.tracking.journal import Journal
+from services.tracking.run import TrackedRun, open_run
 from tests.services.conftest import kill_group, running_mlflow
 
 pytestmark = pytest.mark.timeout(200)

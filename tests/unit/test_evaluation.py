@@ -11,7 +11,7 @@ import torch
 
 from flam_core.config_evaluation import EvaluationConfig, Measured
 from flam_core.errors import DataError, SettingsError
-from flam_core.evaluation.evaluate import MEASURES, Evaluation, due, evaluate, measure
+from flam_core.evaluation.evaluate import MEASURES, Evaluation, evaluate, measure
 from tests.evaluation_fixture import CONFIG, grid_clips, small_flam
 
 NO_WEIGHTS = (
@@ -157,7 +157,7 @@ def test_measures_while_training_are_few_and_disturb_nothing() -> None:
 
 def test_each_measure_has_a_cadence_of_its_own() -> None:
     config = EvaluationConfig(during=(("rollout", 2), ("dci", 3)))
-    assert [due(config, step) for step in range(7)] == [
+    assert [config.due(step) for step in range(7)] == [
         *((), (), ("rollout",), ("dci",), ("rollout",), (), ("rollout", "dci"))
     ]
 

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from flam_core.config import Config
 from flam_core.learning.ema import WeightMean
 from flam_core.learning.recompute import BLOCKS
-from flam_core.learning.trainer import Trainer, TrainState
+from flam_core.learning.state import TrainState
+from flam_core.learning.trainer import Trainer
 from flam_core.ranks import Share, shard
 from flam_core.saved_model import weights_to_bytes
 from tests.unit.test_trainer import CONFIG, CPU, STAGE_1, STAGE_2, config
