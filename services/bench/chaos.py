@@ -18,6 +18,7 @@ from typing import Any
 
 from flam_core.errors import TrainingFailed
 from services.tracking.run import logged_steps
+from services.training.job import FAILURES
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _STEPS, _EVERY, _LOGGED = 250, 10, 50
@@ -138,26 +139,30 @@ def _last_loss(ran: _Ran) -> float:
 
 
 def _recovery(run: Path) -> dict[str, float]:
-    """Medians over the kills, in seconds: until the next workers begin, until they have their weights, until the first
-    batch, and the first step."""
-    killed_at = sorted(place.stat().st_mtime for place in (run / "chaos").iterdir())
+    """Medians over the kills, in seconds: until Ray Train notices, until the next workers have been started and have
+    imported everything, until they have their weights, until the first batch (Ray Data starts meanwhile), and the first
+    step. `own_recovery_s` is what of it is flam's own: load and first step."""
+    noticed = sorted(json.loads(place.read_text())["time"] for place in (run / FAILURES).iterdir())
     lives = [
         [json.loads(line) for line in place.read_text().splitlines()] for place in sorted((run / "spans").iterdir())
     ]
     begun = {
         event["ts"] / 1e6: (event["dur"] / 1e6, life) for life in lives for event in life if event["name"] == "load"
     }
-    parts: dict[str, list[float]] = {"restart": [], "load": [], "first_batch": [], "first_step": []}
-    for kill in killed_at:
-        after = [start for start in sorted(begun) if start > kill]
-        if not after:
-            continue
-        loaded, life = begun[after[0]]
+    parts: dict[str, list[float]] = {part: [] for part in _PARTS}
+    for kill in sorted(place.stat().st_mtime for place in (run / "chaos").iterdir()):
+        detected = min(moment for moment in noticed if moment > kill)
+        start = min(moment for moment in begun if moment > kill)
+        load, life = begun[start]
         first = {event["name"]: event["dur"] / 1e6 for event in reversed(life)}
-        parts["restart"].append(after[0] - kill)
-        parts["load"].append(loaded)
-        parts["first_batch"].append(first.get("start", 0.0))
-        parts["first_step"].append(sum(first.get(stage, 0.0) for stage in ("forward", "backward", "optimiser")))
-    found = {f"recovery_{part}_s": statistics.median(values) for part, values in parts.items() if values}
-    own = [found.get(f"recovery_{part}_s", 0.0) for part in ("load", "first_batch", "first_step")]
-    return {**found, "own_recovery_s": sum(own)}
+        step = sum(first.get(stage, 0.0) for stage in ("forward", "backward", "optimiser"))
+        values = (detected - kill, start - detected, load, first.get("start", 0.0), step)
+        for part, value in zip(_PARTS, values, strict=True):
+            parts[part].append(value)
+    found = {f"recovery_{part}_s": statistics.median(values) for part, values in parts.items()}
+    whole = [sum(values) for values in zip(*parts.values(), strict=True)]
+    own = [load + step for load, step in zip(parts["load"], parts["first_step"], strict=True)]
+    return {**found, "recovery_s": statistics.median(whole), "own_recovery_s": statistics.median(own)}
+
+
+_PARTS = ("detect", "restart", "load", "first_batch", "first_step")

@@ -98,6 +98,11 @@ class DevicePrefetcher:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
 
+    def start(self) -> None:
+        """Begin to fill, if it has not begun."""
+        if self._thread.ident is None:
+            self._thread.start()
+
     def __iter__(self) -> Iterator[DeviceBatch]:
         """All batches. Raises what the feed raises, after the last batch that it gave."""
         # Decoders hold Python's lock for moments only, but each time that they want it they wait for as long as this
@@ -107,7 +112,7 @@ class DevicePrefetcher:
         # every thread for 0.3 s (docs/devlog.md).
         gc.collect()
         gc.freeze()
-        self._thread.start()
+        self.start()
         try:
             due = self._next()
             while due is not None:

@@ -97,10 +97,7 @@ class Journal:
         while self.last_step < 0 < sent:  # what was sent last may be tags alone
             self.last_step = _last_step(next(segments(run, sent))[1], -1)
             sent -= 1
-        if not self._last_segment:  # a run's folder may be gone where its history is not
-            with refusals(info.tracking_uri, "does not give the run's history"):
-                history = self._client.get_metric_history(info.run_id, STEP_METRIC)
-            self.last_step = max((point.step for point in history), default=-1)
+        self.last_step = max(self.last_step, info.last_step)  # a run's folder may be gone where its history is not
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 

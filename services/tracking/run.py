@@ -46,7 +46,8 @@ def open_run(
         client.log_batch(run_id, params=new[:100], tags=[RunTag(k, v) for k, v in sorted(tags.items())])
         for start in range(100, len(new), 100):
             client.log_batch(run_id, params=new[start : start + 100])
-    return RunInfo(tracking_uri, experiment, run_id, name)
+        history = client.get_metric_history(run_id, STEP_METRIC) if runs else []
+    return RunInfo(tracking_uri, experiment, run_id, name, max((point.step for point in history), default=-1))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class RunInfo:
     """MLflow's id."""
     name: str
     """flam's id."""
+    last_step: int = -1
+    """The newest step that MLflow had when the run was opened; -1 if it had none."""
 
 
 def named(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -15,11 +15,13 @@ TOKENIZER = "tokenizer.safetensors"
 """A tokenizer that was given."""
 FEED_TOTALS = "feed.json"
 """What the feed did in the run's last attempt."""
+FAILURES = "failures"
+"""What ended workers, and when (`services.training.failures`)."""
 STARTS = "starts.json"
 """How often workers began in a row without a new checkpoint."""
 KEPT_FOR_RESUME = (
     *("checkpoints", "journal", "ray", "spans", "stalls", "chaos"),
-    *("lease.json", "goodput.json", STARTS, FEED_TOTALS, TOKENIZER, "trace.json"),
+    *("lease.json", "goodput.json", FAILURES, STARTS, FEED_TOTALS, TOKENIZER, "trace.json"),
 )
 """What belongs to the run and to no report."""
 

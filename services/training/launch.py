@@ -31,6 +31,7 @@ from services.training.broken import merge_broken
 from services.training.cluster import FEED_CPUS, check_resources, connect
 from services.training.data import data_sha256
 from services.training.elastic import ElasticData, nothing, parse_workers
+from services.training.failures import Failures
 from services.training.job import FEED_TOTALS, STARTS, TOKENIZER, Finished, WorkerJob
 from services.training.prepare import Prepared, as_given, home
 from services.training.stopping import Stopping
@@ -246,6 +247,7 @@ def _trainer(
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             # The workers themselves give up when they get nowhere (worker._count_start).
             failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[Failures(prepared.run)],
         ),
     )
 

@@ -15,6 +15,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch._dynamo  # the first optimiser imports it, for two seconds: better while Ray starts the rest
 
 from flam_core.errors import TrainingFailed, pack
 from flam_core.learning.recompute import BLOCKS
@@ -22,13 +23,13 @@ from flam_core.learning.spikes import SpikeWatch
 from flam_core.learning.state import TrainState
 from flam_core.learning.trainer import Trainer
 from flam_core.ranks import Share, add_up, shard
-from services.feed import Assembler, FeedPlan, flam_cause, steps_of
-from services.feed.prefetch import DeviceBatch, DevicePrefetcher, memory_for
+from services.feed import FeedPlan, flam_cause
+from services.feed.prefetch import DeviceBatch, DevicePrefetcher
 from services.storage import exists, read_bytes, write_bytes
 from services.tracking.journal import Journal
 from services.training import checkpoints
 from services.training.agree import agree
-from services.training.broken import BrokenClips
+from services.training.batches import start_batches
 from services.training.chaos import Chaos, parse_chaos
 from services.training.job import FEED_TOTALS, STARTS, TOKENIZER, WorkerJob
 from services.training.log import TrainLog
@@ -75,13 +76,14 @@ def _run(job: WorkerJob) -> None:
 def opened(job: WorkerJob) -> Iterator[Training]:
     """This rank's part of the run, at the newest committed step: heart, journal and trainer.
 
-    Order on resume: weights, optimiser, step (all from one commit), then the feed from that step on. The sample order
-    and the noise follow from the step.
+    Weights, optimiser and step are all from one commit, and the feed begins at that step; the sample order and the
+    noise follow from it.
     """
     context = ray.train.get_context()
     saved = checkpoints.newest(job.run)
+    step: int = saved.meta["step"] if saved else 0
     if context.get_world_rank() == 0:
-        _count_start(job, saved.meta["step"] if saved else 0)
+        _count_start(job, step)
     # A core is left to Ray Data: with as many threads as cores, PyTorch's wait for one another most of the time.
     cores = (os.cpu_count() or 1) - 1
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
@@ -97,23 +99,31 @@ def opened(job: WorkerJob) -> Iterator[Training]:
         spans=Spans(job.run, rank),
     )
     journal = Journal(job.tracking, job.run) if rank == 0 else None
+    device: torch.device = ray.train.torch.get_device()
+    feed: DevicePrefetcher | None = None
     try:
-        trainer = _trainer(job, saved, heart, rank, world)
-        training = Training(job, plan, trainer, TrainLog(job, plan, journal, heart), heart, journal)
+        log = TrainLog(job, plan, journal, heart)
+        if step < plan.total_steps:  # before the trainer is made, which takes its seconds too
+            feed = start_batches(job, plan, step, rank, device, log.feed)
+        trainer = _trainer(job, saved, heart, device)
+        training = Training(job, plan, trainer, log, heart, journal, feed)
         training.restore_meta(saved.meta if saved else {})
         yield training
     finally:
+        if feed is not None:
+            feed.close()
         heart.close()
         if journal is not None:
             journal.close()
 
 
-def _trainer(job: WorkerJob, saved: TrainState | None, heart: Heart, rank: int, world: int) -> Trainer:
+def _trainer(job: WorkerJob, saved: TrainState | None, heart: Heart, device: torch.device) -> Trainer:
     """The trainer, at the step of the checkpoint."""
+    rank, world = heart.rank, heart.world
     tokenizer = read_bytes(job.run / TOKENIZER) if job.config.tokenizer_sha256 else None
     trainer = Trainer(
         job.config,
-        ray.train.torch.get_device(),
+        device,
         share=Share(rank, world, job.clips_at_a_time or None),
         wrap=ray.train.torch.prepare_model if job.parallel == "ddp" or world == 1 else _shared_out,
         tokenizer=tokenizer,
@@ -159,9 +169,18 @@ class Training:
     """The steps of one rank."""
 
     def __init__(
-        self, job: WorkerJob, plan: FeedPlan, trainer: Trainer, log: TrainLog, heart: Heart, journal: Journal | None
+        self,
+        job: WorkerJob,
+        plan: FeedPlan,
+        trainer: Trainer,
+        log: TrainLog,
+        heart: Heart,
+        journal: Journal | None,
+        feed: DevicePrefetcher | None,
     ) -> None:
+        """feed: from the trainer's step on; None if that is the end. journal: on rank 0."""
         self.job, self.plan, self.trainer, self.log, self.heart = job, plan, trainer, log, heart
+        self._feed = feed
         faults = parse_chaos(",".join(job.chaos))
         self._chaos = Chaos(job.run, faults, heart.rank, heart.world, job.control, journal)
         self._writer = checkpoints.Writer(job.run, job.keep)
@@ -193,23 +212,9 @@ class Training:
             write_bytes(self.job.run / FEED_TOTALS, json.dumps(self.log.totals()).encode())
 
     def batches(self) -> Generator[DeviceBatch, None, None]:
-        """This rank's batches from the step in hand on, on the device."""
-        device = self.trainer.device
-        assembler = Assembler(
-            self.plan,
-            self.heart.rank,
-            threads=_decoders(),
-            memory=memory_for(device),
-            meters=self.log.feed,
-            on_broken=BrokenClips(self.job.run, self.plan, self.heart.rank, self.job.max_bad_share),
-        )
-        shard = ray.train.get_dataset_shard("train")
-        assert shard is not None, "the trainer is always given a train data set"
-        steps = steps_of(shard, self.plan, self.trainer.step, assembler, self.heart.rank)
-        try:
-            yield from DevicePrefetcher(steps, device, self.log.feed, self.plan.batch_bytes)
-        finally:
-            assembler.close()
+        """This rank's batches from the step in hand on, on the device; once."""
+        if self._feed is not None:
+            yield from self._feed
 
     def step(self, batch: DeviceBatch) -> bool:
         """Train on a batch, log and commit what is due; whether to stop after it. All ranks must call it."""
@@ -287,8 +292,3 @@ class Training:
         more = {"watch": self.log.watch.state(), "losses": self._spikes.state()}
         score = self.log.score.pop(self.trainer.step, None)
         self._writer.save(replace(state, meta=state.meta | more), score, then=self._chaos.committed)
-
-
-def _decoders() -> int:
-    """Threads that decode clips beside the trainer: few, for the trainer's own threads want the cores too."""
-    return max(1, min(4, (os.cpu_count() or 1) // (4 * ray.train.get_context().get_local_world_size())))

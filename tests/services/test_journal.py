@@ -122,7 +122,7 @@ def test_a_run_without_its_folder_does_not_log_its_steps_again(
     log(journal, range(0, 4))
     journal.drain(60)
     journal.close()
-    elsewhere = Journal(info, resolve(str(tmp_path / "another")))
+    elsewhere = Journal(opened(mlflow_server, tmp_path), resolve(str(tmp_path / "another")))
     log(elsewhere, range(0, 6))
     elsewhere.drain(60)
     elsewhere.close()

@@ -18,6 +18,14 @@ from tests.services.conftest import kill_group, running_mlflow
 pytestmark = pytest.mark.timeout(200)
 
 
+def drain(journal: Journal) -> None:
+    journal.log(0, {"loss": 1.0})
+    try:
+        journal.drain(10)
+    finally:
+        journal.close()
+
+
 def test_every_call_to_a_dead_server_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # else each call tries for minutes
     folder = tmp_path / "report"
@@ -28,7 +36,7 @@ def test_every_call_to_a_dead_server_is_one_clear_error(tmp_path: Path, monkeypa
         run = TrackedRun(info)
         kill_group(server)
         calls: dict[str, Callable[[], object]] = {
-            "journal": lambda: Journal(info, resolve(str(tmp_path / "run"))),
+            "journal": lambda: drain(Journal(info, resolve(str(tmp_path / "run")))),
             "summary": lambda: run.summary({"rollout/psnr@1": 20.0}),
             "artifacts": lambda: run.artifacts(folder, "report"),
             "tag": lambda: run.tag({"a": "b"}),
