@@ -97,7 +97,8 @@ def main(arguments: Arguments) -> None:
     if what.json is not None:
         what.json.parent.mkdir(parents=True, exist_ok=True)
         what.json.write_text(json.dumps(result, indent=1) + "\n")
-    table(f"bench {type(what).__name__.lower()}", rows(result) if isinstance(what, Model) else flat(result))
+    shown = {key: value for key, value in result.items() if key != "table"}
+    table(f"bench {type(what).__name__.lower()}", rows(result) if isinstance(what, Model) else flat(shown))
 
 
 def measure(what: Feed | Order | Model | Chaos | Overhead) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def bench_chaos(settings: ChaosBenchSettings) -> dict[str, Any]:
         sizes = _run(place / "sizes", data, "--chaos", "sigterm@80,sigterm@160")
         wanted = list(range(_LOGGED, _STEPS + 1, _LOGGED))
         ledger = json.loads((killed.folder / "goodput.json").read_text())["attempts"][-1]
-        return {
+        result = {
             "kills": killed.said.count("chaos: kill"),
             "weights_equal": killed.weights == alone.weights,
             "sample_order_equal": killed.consumed == alone.consumed == sizes.consumed,
@@ -94,6 +94,26 @@ def bench_chaos(settings: ChaosBenchSettings) -> dict[str, Any]:
             "steps": _STEPS,
             "checkpoint_every": _EVERY,
         }
+    return {**result, "table": _table(result)}
+
+
+def _table(result: dict[str, Any]) -> str:
+    """What docs/reliability.md shows, as Markdown."""
+    rows = {
+        "kills (SIGKILL at random steps)": result["kills"],
+        "weights bit-equal to the unbroken run's": result["weights_equal"],
+        "sample order equal, also on 1, 2 and 1 workers": result["sample_order_equal"],
+        "loss after 1, 2 and 1 workers, over the unbroken run's": f"{result['loss_ratio_after_resizes']:.3f}",
+        "steps that MLflow has twice": result["mlflow_duplicates"],
+        "steps that MLflow lacks": result["mlflow_gaps"],
+        "committed steps lost": result["committed_work_lost"],
+        **{f"recovery: {text}": f"{result[f'recovery_{part}_s']:.2f} s" for part, text in _PARTS.items()},
+        "recovery, all of it": f"{result['recovery_s']:.2f} s",
+        "recovery, flam's own (load and first step)": f"{result['own_recovery_s']:.2f} s",
+    }
+    words = {True: "yes", False: "no"}
+    lines = [f"| {name} | {words[value] if isinstance(value, bool) else value} |" for name, value in rows.items()]
+    return "\n".join(["| what | measured |", "|---|---|", *lines])
 
 
 def _run(folder: Path, data: Path, *more: str) -> _Ran:
@@ -165,4 +185,10 @@ def _recovery(run: Path) -> dict[str, float]:
     return {**found, "recovery_s": statistics.median(whole), "own_recovery_s": statistics.median(own)}
 
 
-_PARTS = ("detect", "restart", "load", "first_batch", "first_step")
+_PARTS = {
+    "detect": "until Ray Train notices",
+    "restart": "until the next worker's process is there with all that it imports",
+    "load": "until it has its weights",
+    "first_batch": "until it has its first batch (Ray Data starts)",
+    "first_step": "its first step",
+}

@@ -83,6 +83,9 @@ def test_a_killed_run_says_what_it_lost(killed: Trained) -> None:
     for kill, step in zip(kills, resumed, strict=True):
         # The checkpoint of the step before may be on its way still when the kill comes.
         assert step in (kill // 10 * 10, kill // 10 * 10 - 10), (kill, step)
+    failures = [json.loads(place.read_text()) for place in (killed.outputs / "failures").iterdir()]
+    assert len(failures) == 20
+    assert all(one["errors"]["0"] for one in failures)
 
 
 def test_every_second_is_in_one_bucket(killed: Trained) -> None:
