@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -163,26 +164,36 @@ def _recovery(run: Path) -> dict[str, float]:
     imported everything, until they have their weights, until the first batch (Ray Data starts meanwhile), and the first
     step. `own_recovery_s` is what of it is flam's own: load and first step."""
     noticed = sorted(json.loads(place.read_text())["time"] for place in (run / FAILURES).iterdir())
-    lives = [
-        [json.loads(line) for line in place.read_text().splitlines()] for place in sorted((run / "spans").iterdir())
-    ]
-    begun = {
-        event["ts"] / 1e6: (event["dur"] / 1e6, life) for life in lives for event in life if event["name"] == "load"
-    }
+    lives = [_life(place) for place in (run / "spans").iterdir()]
+    kills = sorted(place.stat().st_mtime for place in (run / "chaos").iterdir())
     parts: dict[str, list[float]] = {part: [] for part in _PARTS}
-    for kill in sorted(place.stat().st_mtime for place in (run / "chaos").iterdir()):
+    for kill, following in zip(kills, [*kills[1:], math.inf], strict=True):
+        # A worker that is killed within a second of its first step leaves no spans.
+        life = next((one for one in lives if kill < one["load"][0] < following and "optimiser" in one), None)
+        if life is None:
+            continue
         detected = min(moment for moment in noticed if moment > kill)
-        start = min(moment for moment in begun if moment > kill)
-        load, life = begun[start]
-        first = {event["name"]: event["dur"] / 1e6 for event in reversed(life)}
-        step = sum(first.get(stage, 0.0) for stage in ("forward", "backward", "optimiser"))
-        values = (detected - kill, start - detected, load, first.get("start", 0.0), step)
+        begun, load = life["load"]
+        step = sum(life[stage][1] for stage in ("forward", "backward", "optimiser"))
+        values = (detected - kill, begun - detected, load, life["start"][1], step)
         for part, value in zip(_PARTS, values, strict=True):
             parts[part].append(value)
-    found = {f"recovery_{part}_s": statistics.median(values) for part, values in parts.items()}
+    if not parts["load"]:
+        raise TrainingFailed("no restarted worker lived for long enough to be measured", fix="Take fewer --kills.")
     whole = [sum(values) for values in zip(*parts.values(), strict=True)]
     own = [load + step for load, step in zip(parts["load"], parts["first_step"], strict=True)]
-    return {**found, "recovery_s": statistics.median(whole), "own_recovery_s": statistics.median(own)}
+    return {
+        **{f"recovery_{part}_s": statistics.median(values) for part, values in parts.items()},
+        "recovery_s": statistics.median(whole),
+        "recoveries_measured": len(whole),
+        "own_recovery_s": statistics.median(own),
+    }
+
+
+def _life(spans: Path) -> dict[str, tuple[float, float]]:
+    """When a worker first did what, and for how long, in seconds."""
+    events = [json.loads(line) for line in spans.read_text().splitlines()]
+    return {event["name"]: (event["ts"] / 1e6, event["dur"] / 1e6) for event in reversed(events)}
 
 
 _PARTS = {

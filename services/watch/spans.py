@@ -58,8 +58,9 @@ class Spans:
         return usual is not None and seconds > _SLOW_TIMES * median(usual) + 0.001
 
     def flush_if_due(self) -> None:
-        """`flush`, every few seconds."""
-        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+        """`flush`, every few seconds, and first when a step is done: how a worker began stays, however soon it ends."""
+        begun = self._first_step is not None and not self._flushed
+        if begun or time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:

@@ -171,6 +171,19 @@ def test_spans_keep_what_matters_and_open_as_a_trace(tmp_path: Path) -> None:
     assert {event["pid"] for event in events} == {3}
 
 
+def test_how_a_worker_began_is_kept_once_a_step_is_done(tmp_path: Path) -> None:
+    run = resolve(str(tmp_path))
+    spans = Spans(run, rank=0)
+    place = tmp_path / "spans" / spans.name
+    spans.add("start", 7, 3.0)
+    spans.add("forward", 7, 0.1)
+    spans.flush_if_due()
+    assert not place.exists()
+    spans.add("data", 8, 0.0)
+    spans.flush_if_due()
+    assert [json.loads(line)["name"] for line in place.read_text().splitlines()] == ["start", "forward", "data"]
+
+
 # The lease
 
 
