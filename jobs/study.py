@@ -5,8 +5,9 @@
     python jobs/study.py ablations                      # FLAM with one thing changed at a time
     python jobs/study.py factoring --recipe multigrid --gpus 1 --cells 8
 
-A study that was stopped goes on where it was: the same command again does what is not done. The table, the CSV and the
-plot go to docs/results/, or where --out says.
+A study that was stopped goes on where it was: the same command again does what is not done. The table, the CSV, the
+plot and the result of each training go to docs/results/, or where --out says. Another --out and another --folder do all
+trainings anew.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ FACTORING = (
     "true-actions",
 )
 """FLAM and its rivals, as `model` in a study's table and as `--variant`."""
+FRAMES = 64
+"""Of an episode."""
 _ABLATED_AGENTS = 4
 _BETAS = (1e-5, 2e-4, 1e-3, 1e-2)
 
@@ -45,7 +47,7 @@ class StudySettings:
     walls: int = 3
     """Wall cells."""
     episodes: int = 800
-    """Episodes of 64 frames of each data set."""
+    """Episodes of each data set, of 64 frames."""
     tokenizer_steps: int | None = None
     """Steps of stage 1; None: the recipe's."""
     steps: int | None = None
@@ -53,7 +55,7 @@ class StudySettings:
     folder: str = "outputs/studies"
     """Data, tokenizers and the result of each training: what is there already is not done again."""
     out: str = "docs/results"
-    """Where the tables and plots go."""
+    """Where the tables and plots go, and the result of each training that they are made of."""
     tasks: int = 2
     """Trainings at a time."""
     threads: int = 1
@@ -79,11 +81,14 @@ class Cell(NamedTuple):
     agents: int
     seed: int
     config: Config
+    data: str
+    """`data_digest`."""
 
     @property
     def name(self) -> str:
-        """Of the file with its result: another config is another cell, a new setting at its default is not."""
-        digest = hashlib.sha256(canonical_json(given_values(self.config)).encode()).hexdigest()
+        """Of the file with its result: other data or another config are another cell, a new setting at its default is
+        not."""
+        digest = hashlib.sha256(f"{canonical_json(given_values(self.config))}{self.data}".encode()).hexdigest()
         return f"{self.model}-agents{self.agents}-seed{self.seed}-{digest[:8]}"
 
 
@@ -91,6 +96,12 @@ def world_options(settings: StudySettings, agents: int) -> dict[str, Any]:
     """Of the grid world with so many agents."""
     size = get_recipe(settings.recipe).tokenizer.frame_size
     return {"agents": agents, "cells": settings.cells, "walls": settings.walls, "frame_size": size}
+
+
+def data_digest(settings: StudySettings, agents: int) -> str:
+    """sha256 of what the data of a world follow from."""
+    made = [world_options(settings, agents), settings.episodes, FRAMES]
+    return hashlib.sha256(canonical_json(made).encode()).hexdigest()
 
 
 def base_config(settings: StudySettings, agents: int, seed: int) -> Config:
@@ -113,7 +124,13 @@ def factoring_cells(settings: StudySettings) -> list[Cell]:
     In an order in which an unfinished study already compares something: seed by seed, world by world.
     """
     return [
-        Cell(model, agents, seed, apply_variant(base_config(settings, agents, seed), model, (agents, 1, len(ACTIONS))))
+        Cell(
+            model,
+            agents,
+            seed,
+            apply_variant(base_config(settings, agents, seed), model, (agents, 1, len(ACTIONS))),
+            data_digest(settings, agents),
+        )
         for seed in range(settings.seeds)
         for agents in settings.agents
         for model in _chosen(settings, FACTORING)
@@ -132,7 +149,8 @@ def ablation_cells(settings: StudySettings) -> list[Cell]:
         for beta in _BETAS:
             changed[f"beta-{beta:g}"] = replace(base, loss=replace(base.loss, beta=beta))
         chosen = _chosen(settings, tuple(changed))
-        cells += [Cell(name, _ABLATED_AGENTS, seed, changed[name]) for name in chosen]
+        data = data_digest(settings, _ABLATED_AGENTS)
+        cells += [Cell(name, _ABLATED_AGENTS, seed, changed[name], data) for name in chosen]
     return cells
 
 

@@ -27,11 +27,10 @@ from flam_core.worlds import make_world
 from services.feed import Assembler, FeedPlan, FeedSource, local_steps
 from services.feed.prefetch import memory_for
 from services.storage import resolve
-from services.study.plan import Cell, StudySettings, world_options
+from services.study.plan import FRAMES, Cell, StudySettings, data_digest, world_options
 from services.training.data import stage_plans
 from services.training.held_out import evaluate_on
 
-_FRAMES = 64
 _SAY_EVERY = 200
 
 
@@ -40,15 +39,19 @@ def run_study(
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Each cell with its result (`metrics`, `steps`, `seconds`, ...), as they finish; those done before come first.
 
-    A training whose numbers are not finite gives a result with `failed` and no metrics: that is a finding too. Raises
-    EnvironmentFault or DataError for what lies outside.
+    Results are kept in the folder and, beside the tables, in `settings.out`, from where they can be handed on: a
+    training whose result is in either is not done again. A training whose numbers are not finite gives a result with
+    `failed` and no metrics: that is a finding too. Raises EnvironmentFault or DataError for what lies outside.
     """
     folder = Path(settings.folder).absolute()
     waiting = []
     for cell in cells:
-        place = folder / "cells" / f"{cell.name}.json"
-        if place.exists():
-            yield cell, json.loads(place.read_text())
+        known = (folder / "cells" / f"{cell.name}.json", _kept(settings, cell))
+        place = next((place for place in known if place.exists()), None)
+        if place is not None:
+            result = json.loads(place.read_text())
+            _keep(settings, cell, result)
+            yield cell, result
         else:
             waiting.append(cell)
     if not waiting:
@@ -90,6 +93,7 @@ def _run(
         done += 1
         left = (time.monotonic() - begun) / done * len(running) / 60
         say(f"{cell.name}: {_said(result)}; {len(running)} to go, about {left:.0f} min")
+        _keep(settings, cell, result)
         yield cell, result
 
 
@@ -102,12 +106,10 @@ def _said(result: dict[str, Any]) -> str:
 
 def make_data(settings: StudySettings, folder: Path, agents: int) -> str:
     """The data set of a world, made if it is not there; its path. A Ray task."""
-    options = world_options(settings, agents)
-    digest = hashlib.sha256(json.dumps([options, settings.episodes], sort_keys=True).encode()).hexdigest()[:8]
-    location = resolve(folder / "data" / f"grid-agents{agents}-{digest}")
+    location = resolve(folder / "data" / f"grid-agents{agents}-{data_digest(settings, agents)[:8]}")
     if not Path(location.path, "manifest.json").exists():
-        world = make_world("grid", **options)
-        ingest_world(world, location.fs, location.path, episodes=settings.episodes, frames=_FRAMES)
+        world = make_world("grid", **world_options(settings, agents))
+        ingest_world(world, location.fs, location.path, episodes=settings.episodes, frames=FRAMES)
     return location.path
 
 
@@ -154,8 +156,22 @@ def train_cell(settings: StudySettings, folder: Path, cell: Cell, tokenizer: str
         save_model(trainer.model.cpu(), folder / "models" / cell.name, f"# {cell.name}\n\nOne training of a study.\n")
         result |= {"weights": _count(trainer.model), "device": _device_name(trainer.device)}
     result |= {"config": to_dict(config), "seconds": time.monotonic() - begun}
-    _write(folder / "cells" / f"{cell.name}.json", json.dumps(result, indent=1, sort_keys=True).encode())
+    _write(folder / "cells" / f"{cell.name}.json", _json(result))
     return result
+
+
+def _kept(settings: StudySettings, cell: Cell) -> Path:
+    return Path(settings.out) / "cells" / f"{cell.name}.json"
+
+
+def _keep(settings: StudySettings, cell: Cell, result: dict[str, Any]) -> None:
+    place = _kept(settings, cell)
+    if not place.exists():
+        _write(place, _json(result))
+
+
+def _json(result: dict[str, Any]) -> bytes:
+    return json.dumps(result, indent=1, sort_keys=True).encode()
 
 
 _TRAINING_FAILED = 5

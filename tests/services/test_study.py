@@ -54,6 +54,12 @@ def test_a_study_does_each_training_once_and_writes_its_table(tmp_path: Path) ->
     assert "| monolithic-vq | 3 | 1 |" in (tmp_path / "docs/results/factoring.md").read_text()
     assert (tmp_path / "docs/results/factoring.png").read_bytes().startswith(b"\x89PNG")
 
+    (tmp_path / "outputs").rename(tmp_path / "gone")  # as for someone who has the results alone
+    third = run_job([*STUDY, "flam", "monolithic-vq"], env, tmp_path)
+    assert third.returncode == 0, said(third)
+    assert not (tmp_path / "outputs").exists()
+    assert json.loads((tmp_path / "docs/results/factoring.json").read_text())["rows"] == found["rows"]
+
 
 def test_a_model_that_a_study_has_not_is_refused_before_anything_starts(tmp_path: Path) -> None:
     done = run_job([*STUDY, "flamm"], environment(), tmp_path)
