@@ -111,6 +111,7 @@ def bench_feed(settings: FeedBenchSettings, say: Callable[[str], None] = print) 
         uri = stack.enter_context(s3_server.running()) if s3_server.installed() else None
         memory = stack.enter_context(watched())
         ray.init(
+            address="local",
             num_cpus=settings.cores + 2, object_store_memory=1 << 30, logging_level=logging.ERROR, log_to_driver=False
         )
         stack.callback(ray.shutdown)

@@ -61,7 +61,7 @@ def run_study(
     started = not ray.is_initialized()
     if started:
         local: dict[str, Any] = {} if address else {"num_cpus": settings.tasks, "object_store_memory": 128 << 20}
-        ray.init(address=address, logging_level=logging.WARNING, **local)
+        ray.init(address=address or "local", logging_level=logging.WARNING, **local)
     try:
         yield from _run(waiting, settings, folder, say)
     finally:

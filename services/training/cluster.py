@@ -37,7 +37,9 @@ def connect(settings: TrainSettings) -> bool:
         else:
             most = parse_workers(settings.workers).most
             cpus = max(os.cpu_count() or 1, int(most * settings.worker_cpus) + 2)
-            ray.init(num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, **common)  # logical CPUs
+            # "local": without an address Ray joins whatever was started on this machine, or tries to: what it goes by
+            # is a file that outlives a head that was killed. num_cpus: logical ones.
+            ray.init(address="local", num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(
             f"no Ray cluster at {address} takes this program: {str(error).splitlines()[0]}",
