@@ -112,7 +112,10 @@ def bench_feed(settings: FeedBenchSettings, say: Callable[[str], None] = print) 
         memory = stack.enter_context(watched())
         ray.init(
             address="local",
-            num_cpus=settings.cores + 2, object_store_memory=1 << 30, logging_level=logging.ERROR, log_to_driver=False
+            num_cpus=settings.cores + 2,
+            object_store_memory=1 << 30,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
         )
         stack.callback(ray.shutdown)
         if settings.soak_minutes:

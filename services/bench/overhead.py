@@ -65,7 +65,7 @@ def bench_overhead(settings: OverheadSettings) -> dict[str, Any]:
         stage = replace(
             recipe.tokenizer_stage,
             batch_clips=settings.times * recipe.tokenizer_stage.batch_clips,
-            steps=2 * settings.rounds * settings.steps + 2,  # all turns are in stage 1
+            steps=(2 * settings.rounds + 1) * settings.steps + 2,  # all turns are in stage 1
         )
         config = replace(recipe, tokenizer_stage=stage, checkpoint_every=settings.checkpoint_every)
         prepared = prepare(

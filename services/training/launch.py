@@ -245,8 +245,8 @@ def _trainer(
             storage_filesystem=prepared.run.fs,
             storage_path=(prepared.run / "ray").path,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            # The workers themselves give up when they get nowhere (worker._count_start).
-            failure_config=ray.train.FailureConfig(max_failures=-1),
+            # The workers themselves give up when they get nowhere (worker._count_start); a benchmark fails at once.
+            failure_config=ray.train.FailureConfig(max_failures=-1 if function is train_worker else 0),
             callbacks=[Failures(prepared.run)],
         ),
     )
