@@ -52,7 +52,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_job(
-    arguments: Sequence[str], env: Mapping[str, str], cwd: Path, seconds: float = 400
+    arguments: Sequence[str], env: Mapping[str, str], cwd: Path, seconds: float = 800
 ) -> subprocess.CompletedProcess[str]:
     """Run `jobs/<first argument>.py` with the rest in `cwd`, to its end."""
     return subprocess.run(
