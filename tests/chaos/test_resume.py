@@ -56,8 +56,10 @@ def broken(
     first = committed(index)
     truncate(checkpoints / f"step-{first[-1]:08d}" / "model.safetensors")
 
+    # It stands still near its end, since what workers print may come late.
+    waits = [*arguments[:-1], f"slow:0,hang@{RESUME_STEPS - 60}"]
     second = kill_when(
-        arguments, environment(), home, lambda: max(committed(index)) > first[-1], printed="resumed at step"
+        waits, environment(), home, lambda: max(committed(index)) > first[-1], printed="resumed at step"
     )
     then = committed(index)
 
