@@ -215,7 +215,7 @@ class StageConfig:
     """One training stage: what a batch holds, how many steps, and the optimiser."""
 
     steps: int
-    """Optimiser steps."""
+    """Optimiser steps. With none in the second stage, the run gives a tokenizer alone (`--tokenizer_from` takes it)."""
     batch_clips: int
     """Clips of the global batch, whatever the number of workers."""
     clip_frames: int
@@ -319,8 +319,11 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.slot_hold < 1:
             raise SettingsError(f"slot_hold = {self.slot_hold}", fix="It is a share of the steps: 0 <= slot_hold < 1.")
-        if self.flam_stage.steps == 0:
-            raise SettingsError("flam_stage.steps = 0", fix="It must be at least 1.")
+        if self.flam_stage.steps == 0 == self.tokenizer_stage.steps:
+            raise SettingsError(
+                "flam_stage.steps = 0, and the tokenizer is given: nothing is left to train",
+                fix="Set flam_stage.steps to at least 1, or train a tokenizer.",
+            )
         if (self.tokenizer_stage.steps == 0) != (self.tokenizer_sha256 is not None):
             raise SettingsError(
                 f"tokenizer_stage.steps = {self.tokenizer_stage.steps}, given tokenizer: {self.tokenizer_sha256}",

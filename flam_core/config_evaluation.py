@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from flam_core.errors import SettingsError
 
-Measured = Literal["rollout", "horizon", "dci", "action_probe", "leakage", "slots", "lpips", "fvd"]
+Measured = Literal["rollout", "horizon", "dci", "action_probe", "leakage", "slots", "usage", "lpips", "fvd"]
 """Names of what can be measured on held-out episodes (docs/metrics.md)."""
 
 

@@ -1,7 +1,7 @@
 """The errors flam reports to people, each with the exit code its program ends with.
 
 A message says what is wrong, where, why, and what to do about it, in one line. Exit codes: 0 ok, 2 settings,
-3 environment, 4 data, 5 training failed, 75 stopped and resumable (``EX_TEMPFAIL``).
+3 environment, 4 data, 5 training failed, 6 refused by the gate, 75 stopped and resumable (``EX_TEMPFAIL``).
 """
 
 import json
@@ -52,6 +52,12 @@ class TrainingFailed(FlamError):
     """Training ended without a model: workers died too often or the loss is not finite."""
 
     exit_code = 5
+
+
+class Refused(FlamError):
+    """A decision that went against what was asked for: a candidate that is not shown to be better."""
+
+    exit_code = 6
 
 
 class Stopped(FlamError):

@@ -13,12 +13,18 @@ from flam_core.config import ModelConfig, TokenizerConfig
 from flam_core.config_evaluation import EvaluationConfig
 from flam_core.evaluation.context import Context, HeldOutClip
 from flam_core.model.flam import Flam
+from flam_core.model.latent_action import LatentActions
 from flam_core.worlds.grid import GridWorld
 
 CONFIG = EvaluationConfig(
     clips=6, horizon=3, context=1, probe_clips=6, long_clips=4, long_horizon=5, replacement="prior"
 )
 """Small. A model with random weights infers about the same from all clips, so samples replace its latent actions."""
+
+
+def latent_of(actions: Tensor) -> LatentActions:
+    """Actions [B, T - 1, K, A] that a stand-in infers: a nat each."""
+    return LatentActions(actions, actions, torch.ones_like(actions[..., 0]))
 
 
 class Oracle(nn.Module):
@@ -45,8 +51,8 @@ class Oracle(nn.Module):
         slots = z.flatten(2)[:, :, None].expand(-1, -1, self.factors, -1)
         return slots, torch.full((*z.shape[:2], self.factors, z.shape[2]), 1 / self.factors)
 
-    def infer_actions(self, slots: Tensor, true_actions: Tensor | None = None) -> Tensor:
-        return slots[:, 1:]
+    def infer(self, slots: Tensor, true_actions: Tensor | None = None) -> LatentActions:
+        return latent_of(slots[:, 1:])
 
     def sample_actions(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         return torch.rand(*shape, int(np.prod(self.size)), generator=generator)
@@ -108,8 +114,8 @@ class Puppets(nn.Module):
         cell = z[..., : self.factors].argmax(dim=2)
         return torch.stack([cell % CELLS, cell // CELLS], dim=-1).float()
 
-    def infer_actions(self, slots: Tensor, true_actions: Tensor | None = None) -> Tensor:
-        return slots.diff(dim=1)
+    def infer(self, slots: Tensor, true_actions: Tensor | None = None) -> LatentActions:
+        return latent_of(slots.diff(dim=1))
 
     def sample_actions(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         return torch.randint(-1, 2, (*shape, 2), generator=generator).float()
@@ -147,8 +153,8 @@ class PatchPuppets(Puppets):
     def slots(self, z: Tensor) -> tuple[Tensor, None]:
         return z, None
 
-    def infer_actions(self, slots: Tensor, true_actions: Tensor | None = None) -> Tensor:
-        return self._places(slots).diff(dim=1)
+    def infer(self, slots: Tensor, true_actions: Tensor | None = None) -> LatentActions:
+        return latent_of(self._places(slots).diff(dim=1))
 
 
 MOVES = np.array([(0, 0), (0, -1), (1, 0), (0, 1), (-1, 0)])

@@ -45,8 +45,8 @@ class Observed:
 
     frames: uint8 [N, T, H, W, 3]. slots: float32 [N, T, K, D]; of a model without slots the mean over patches of its
     features, [N, T, 1, C]. masks: float32 [N, T, K, P], or None without slots. actions: the inferred latent actions
-    float32 [N, T - 1, M, A]. positions, true_actions: [N, T, E, 2] and [N, T, E, width], None unless all clips have
-    them.
+    float32 [N, T - 1, M, A]. penalty, codes: of each, [N, T - 1, M], as in `LatentActions`. positions, true_actions:
+    [N, T, E, 2] and [N, T, E, width], None unless all clips have them.
     """
 
     clips: tuple[HeldOutClip, ...]
@@ -54,6 +54,8 @@ class Observed:
     slots: Tensor
     masks: Tensor | None
     actions: Tensor
+    penalty: Tensor
+    codes: Tensor | None
     positions: np.ndarray | None
     true_actions: np.ndarray | None
 
@@ -74,6 +76,8 @@ class _Seen:
     slots: Tensor
     masks: Tensor | None
     actions: Tensor
+    penalty: Tensor
+    codes: Tensor | None
 
 
 class Context:
@@ -203,12 +207,15 @@ class Context:
             self._look(fresh[start : start + BATCH])
         seen = [self._seen[clip] for clip in clips]
         masks = [one.masks for one in seen if one.masks is not None]
+        codes = [one.codes for one in seen if one.codes is not None]
         return Observed(
             clips=tuple(clips),
             frames=torch.from_numpy(np.stack([clip.frames for clip in clips])),
             slots=torch.stack([one.slots for one in seen]),
             masks=torch.stack(masks) if masks else None,
             actions=torch.stack([one.actions for one in seen]),
+            penalty=torch.stack([one.penalty for one in seen]),
+            codes=torch.stack(codes) if codes else None,
             positions=_stacked([clip.positions for clip in clips]),
             true_actions=_stacked([clip.actions for clip in clips]),
         )
@@ -225,11 +232,14 @@ class Context:
             true_actions = torch.from_numpy(stacked).to(self.device)
         frames = torch.from_numpy(np.stack([clip.frames for clip in clips])).to(self.device)
         state, masks = self.model.slots(self.model.encode(frames))
-        actions = self.model.infer_actions(state, true_actions).float().cpu()
+        latent = self.model.infer(state, true_actions)
+        actions, penalty = latent.mean.float().cpu(), latent.penalty.float().cpu()
+        codes = None if latent.codes is None else latent.codes.cpu()
         slots = (state.mean(dim=2, keepdim=True) if masks is None else state).float().cpu()
         masks = None if masks is None else masks.float().cpu()
         for i, clip in enumerate(clips):
-            self._seen[clip] = _Seen(slots[i], None if masks is None else masks[i], actions[i])
+            mask, code = (None if values is None else values[i] for values in (masks, codes))
+            self._seen[clip] = _Seen(slots[i], mask, actions[i], penalty[i], code)
 
     def bootstrap(self, clusters: Sequence[str]) -> Bootstrap:
         """Resamples of the clusters, the same for all measures of the same clips."""

@@ -21,9 +21,10 @@ from flam_core.evaluation.perceptual import FVD, LPIPS
 from flam_core.evaluation.rollout import ROLLOUT, RolloutResult, evaluate_rollouts
 from flam_core.evaluation.slots import SLOTS
 from flam_core.evaluation.stats import Estimate
+from flam_core.evaluation.usage import USAGE
 from flam_core.model.flam import Flam
 
-MEASURES: tuple[Measure, ...] = (ROLLOUT, HORIZON, DCI, ACTION_PROBE, LEAKAGE, SLOTS, LPIPS, FVD)
+MEASURES: tuple[Measure, ...] = (ROLLOUT, HORIZON, DCI, ACTION_PROBE, LEAKAGE, SLOTS, USAGE, LPIPS, FVD)
 """All there are, one for each name in `config.Measured`. They run in this order."""
 
 

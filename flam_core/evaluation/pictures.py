@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 
+from flam_core.evaluation.image import psnr
 from flam_core.evaluation.rollout import RolloutResult
 
 ERROR_GAIN = 3
@@ -61,6 +62,26 @@ def rollout_png(result: RolloutResult) -> bytes:
     return _png(figure)
 
 
+def failures_png(result: RolloutResult) -> bytes:
+    """Film strips of the clips that the model does worst on, up to CLIPS: truth, prediction, error."""
+    clips = min(CLIPS, len(result.worst))
+    columns = _columns(result.worst_truth.shape[1])
+    pitch = _row_height(result) + 0.08
+    block = 0.6 + 3 * pitch
+    figure = _sheet(columns, clips * block + 0.1)
+    for clip in range(clips):
+        truth, prediction = result.worst_truth[clip], result.worst_prediction[clip]
+        rows = [("truth", truth), ("prediction", prediction), _error_row(truth, prediction)]
+        for row, (label, frames) in enumerate(rows):
+            axis = _strip(figure, clip * block + 0.6 + row * pitch, label, frames[columns])
+            if row == 0:
+                _name_columns(axis, result, columns)
+                number = result.worst[clip]
+                db = float(psnr(result.errors["rollout"][number].mean()))
+                axis.set_title(f"{result.ids[number]}: {db:.1f} dB", loc="left", fontsize=11, fontweight="bold")
+    return _png(figure)
+
+
 def rollout_gif(result: RolloutResult) -> bytes:
     """An endless film of up to CLIPS clips: truth, prediction, error and masks side by side."""
     font = ImageFont.load_default(15)
@@ -89,6 +110,16 @@ def rollout_gif(result: RolloutResult) -> bytes:
     durations = [900 if t < result.context or t == len(pages) - 1 else 450 for t in range(len(pages))]
     pages[0].save(buffer, format="GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
     return buffer.getvalue()
+
+
+def reconstruction_png(frames: np.ndarray, drawn: np.ndarray) -> bytes:
+    """True frames uint8 [N, H, W, 3] above those that the tokenizer gives back; up to COLUMNS of them."""
+    columns = _columns(len(frames))
+    pitch = _CELL * frames.shape[1] / frames.shape[2] + 0.08
+    figure = _sheet(columns, 2 * pitch + 0.1)
+    _strip(figure, 0.05, "truth", frames[columns])
+    _strip(figure, 0.05 + pitch, "truth through\nthe tokenizer", drawn[columns])
+    return _png(figure)
 
 
 def curves_png(metrics: dict[str, float]) -> bytes:
@@ -160,9 +191,7 @@ def slots_png(result: RolloutResult) -> bytes:
 def _rows(result: RolloutResult, clip: int) -> list[tuple[str, np.ndarray]]:
     """Labels and films uint8 [T, H, W, 3] of one clip."""
     truth, prediction = result.truth[clip], result.prediction[clip]
-    error = np.abs(truth.astype(np.int16) - prediction).mean(axis=-1) / 255
-    heat = matplotlib.colormaps["inferno"](np.clip(error * ERROR_GAIN, 0, 1))[..., :3]
-    rows = [("truth", truth), ("prediction", prediction), (f"|error| x {ERROR_GAIN}\n(black: none)", _bytes(heat))]
+    rows = [("truth", truth), ("prediction", prediction), _error_row(truth, prediction)]
     if result.masks is not None:
         masks = _enlarge(result.masks[clip], truth.shape[1:3])
         colours = np.array([to_rgb(c) for c in _colours(masks.shape[1])])
@@ -171,6 +200,13 @@ def _rows(result: RolloutResult, clip: int) -> list[tuple[str, np.ndarray]]:
         painted = 0.35 * light + 0.65 * np.einsum("tkhw,kc->thwc", masks, colours)
         rows.append(("slots' masks\n(a colour each)", _bytes(painted)))
     return rows
+
+
+def _error_row(truth: np.ndarray, prediction: np.ndarray) -> tuple[str, np.ndarray]:
+    """Of films uint8 [T, H, W, 3]."""
+    error = np.abs(truth.astype(np.int16) - prediction).mean(axis=-1) / 255
+    heat = matplotlib.colormaps["inferno"](np.clip(error * ERROR_GAIN, 0, 1))[..., :3]
+    return f"|error| x {ERROR_GAIN}\n(black: none)", _bytes(heat)
 
 
 def _sheet(columns: np.ndarray, height: float) -> Figure:

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from flam_core.evaluation.pictures import curves_png, horizon_png, rollout_gif, rollout_png, slots_png
+from flam_core.evaluation.pictures import curves_png, failures_png, horizon_png, rollout_gif, rollout_png, slots_png
 from flam_core.evaluation.rollout import RolloutResult
 from flam_core.evaluation.stats import Estimate, error_key
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5b6570; --line: #d5dae0; --page: #ffffff; --box: #f3f5f7; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ec; --soft: #a3adb8; --line: #3a424b; --page: #15181c; --box: #20252b; }
@@ -39,6 +39,7 @@ td.value { white-space: nowrap; font-variant-numeric: tabular-nums; font-weight:
   .headline td, .headline th { display: block; border: 0; padding: 0; }
   .headline thead { display: none; }
 }
+.scroll { overflow-x: auto; }
 summary { cursor: pointer; }
 """
 
@@ -54,8 +55,8 @@ def write_report(
     notes: Sequence[str] = (),
     estimates: Mapping[str, Estimate] | None = None,
 ) -> Path:
-    """Write metrics.json, intervals.json, rollout.png, rollout.gif, curves.png, slots.png (if there are masks),
-    horizon.png (if there is a horizon curve) and report.html.
+    """Write metrics.json, intervals.json, rollout.png, rollout.gif, curves.png, failures.png, slots.png (if there are
+    masks), horizon.png (if there is a horizon curve) and report.html.
 
     metrics: as in docs/metrics.md, finite. info: what was evaluated, shown as a table of settings. notes: remarks such
     as why a metric is missing. estimates: the metrics with a spread; by default those of `result` alone. All text is
@@ -69,6 +70,7 @@ def write_report(
         "rollout.png": rollout_png(result),
         "rollout.gif": rollout_gif(result),
         "curves.png": curves_png(metrics),
+        "failures.png": failures_png(result),
     }
     if result.masks is not None:
         files["slots.png"] = slots_png(result)
@@ -122,6 +124,11 @@ def _page(
     ]
     if "horizon.png" in files:
         sections.append(_image(files["horizon.png"], "png", "PSNR over a long rollout"))
+    sections += [
+        "<h2>Where it fails</h2>",
+        "<p>Of all held-out clips those with the largest error.</p>",
+        _image(files["failures.png"], "png", "film strips of the worst clips"),
+    ]
     if "slots.png" in files:
         sections += [
             "<h2>What each slot looks at</h2>",
@@ -144,7 +151,7 @@ def _page(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Evaluation report</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
 
 

@@ -43,6 +43,9 @@ class RolloutResult:
     estimates: as in docs/metrics.md. notes: which controls are missing and why. clips: how many were measured.
     context: true frames that a rollout started from.
     predicted: uint8 [N, horizon, H, W, 3] of "rollout", "shuffled" and "ceiling", all clips, without the known frames.
+    errors: mean squared errors float64 [N, horizon] of each source. ids, episodes: of the N clips.
+    worst: numbers of the (up to EXAMPLES) clips that "rollout" does worst on, the worst first; worst_truth: uint8
+    [M, T, H, W, 3], their true frames.
     truth: uint8 [M, T, H, W, 3], T = context + horizon.
     masks: float32 [M, T, K, P], the factorizer's on the true frames (they sum to 1 over K; P is a square grid of
     patches, row by row), or None for a model without slots or with one, whose mask is everything.
@@ -55,6 +58,11 @@ class RolloutResult:
     predicted: Mapping[str, np.ndarray]
     truth: np.ndarray
     masks: np.ndarray | None
+    errors: Mapping[str, np.ndarray]
+    ids: tuple[str, ...]
+    episodes: tuple[str, ...]
+    worst: tuple[int, ...]
+    worst_truth: np.ndarray
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -70,6 +78,12 @@ class RolloutResult:
     def prediction(self) -> np.ndarray:
         """The model's frames uint8 [M, T, H, W, 3]; the first `context` are the given, true ones. So below."""
         return self._film("rollout")
+
+    @property
+    def worst_prediction(self) -> np.ndarray:
+        """The model's frames of the clips `worst`, uint8 [M, T, H, W, 3]."""
+        shown = self.predicted["rollout"][list(self.worst)]
+        return np.concatenate([self.worst_truth[:, : self.context], shown], axis=1)
 
     @property
     def shuffled(self) -> np.ndarray:
@@ -116,6 +130,7 @@ def evaluate_rollouts(context: Context) -> RolloutResult:
             )
     if len({clip.episode for clip in seen.clips}) < 2:
         notes.append("Standard errors are over clips, which are all of one episode: they may be too small.")
+    worst = np.argsort(-errors["rollout"].mean(axis=1), kind="stable")[:EXAMPLES]
     masks = None if seen.masks is None or seen.masks.shape[2] < 2 else seen.masks[:EXAMPLES].numpy()
     return RolloutResult(
         estimates=_estimates(context.bootstrap(seen.clusters), errors, similarity),
@@ -125,6 +140,11 @@ def evaluate_rollouts(context: Context) -> RolloutResult:
         predicted={source: torch.cat(parts).numpy() for source, parts in kept.items()},
         truth=seen.frames[:EXAMPLES].numpy(),
         masks=masks,
+        errors=errors,
+        ids=tuple(clip.id for clip in seen.clips),
+        episodes=tuple(seen.clusters),
+        worst=tuple(int(i) for i in worst),
+        worst_truth=seen.frames[worst].numpy(),
     )
 
 

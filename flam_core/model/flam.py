@@ -139,7 +139,12 @@ class Flam(nn.Module):
 
         true_actions: float32 [B, T, N, S], for a model of true actions.
         """
-        return self.dynamics.infer(slots, true_actions).mean
+        return self.infer(slots, true_actions).mean
+
+    @torch.no_grad()
+    def infer(self, slots: Tensor, true_actions: Tensor | None = None) -> LatentActions:
+        """As `infer_actions`, with what the bottleneck says of them: nats, and numbers of codes."""
+        return self.dynamics.infer(slots, true_actions)
 
     @torch.no_grad()
     def sample_actions(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
 from flam_core.errors import DataError
 from flam_core.saved_model import CONFIG, WEIGHTS
@@ -29,7 +29,8 @@ _REQUIREMENTS = ("torch", "safetensors", "einops", "numpy", "mlflow")
 def register(run: RunInfo, name: str, folder: Path, example: np.ndarray, tags: Mapping[str, str]) -> str:
     """Register the model in `folder` (written by `saved_model.save_model`) as a version of `name`; the version.
 
-    example: uint8 [1, T, H, W, 3], whose shape the signature takes over, with any N and T. The version gets `tags`, the
+    example: uint8 [1, T, H, W, 3], short, since MLflow writes it as JSON; the signature takes any N and T.
+    The version gets `tags`, the
     weights' sha256, and the alias `candidate`. Registering the same run's weights again returns the version there is.
     Raises EnvironmentFault if MLflow refuses.
     """
@@ -51,14 +52,23 @@ def _register(
             return str(known.version)
     spec = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]), "frames")
     output = TensorSpec(np.dtype(np.uint8), (-1, -1, *example.shape[2:]))
-    # MLflow warns that there is no example and no type to make a signature from; one is given, and an example would be
-    # stored as megabytes of JSON. It insists ("once"), so its warnings are recorded instead of filtered.
+    params = ParamSchema(
+        [
+            ParamSpec("mode", "string", "predict"),
+            ParamSpec("slot", "long", 0),
+            ParamSpec("steps", "long", 10),
+            ParamSpec("seed", "long", 0),
+        ]
+    )
+    # MLflow warns that it can make no signature from types; one is given. It insists ("once"), so its warnings are
+    # recorded instead of filtered.
     with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings(record=True):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(_CODE),
             artifacts={"flam": str(folder)},
-            signature=ModelSignature(Schema([spec]), Schema([output])),
+            signature=ModelSignature(Schema([spec]), Schema([output]), params),
+            input_example={"frames": example},
             pip_requirements=[f"{p}=={importlib.metadata.version(p).split('+')[0]}" for p in _REQUIREMENTS],
             code_paths=[str(Path(__file__).parents[2] / "flam_core")],
         )
@@ -93,20 +103,21 @@ def _ensure_model(client: mlflow.MlflowClient, name: str) -> str:
     return name
 
 
-def download(address: str) -> Path:
+def download(address: str, tracking_uri: str | None = None) -> Path:
     """A local folder with the model that `models:/name/version` or `models:/name@alias` names.
 
     This is what `flam_core.load` calls for `models:/` addresses (entry point `flam.addresses`). The server is
-    `MLFLOW_TRACKING_URI`, else the SQLite file of the current folder. Raises DataError if there is no such model,
-    EnvironmentFault if MLflow does not answer.
+    one given, or `MLFLOW_TRACKING_URI`, else the SQLite file of the current folder. Raises DataError if there is no
+    such model or its weights are not those that were registered, EnvironmentFault if MLflow does not answer.
     """
-    tracking = default_tracking_uri(Path(os.environ.get("FLAM_HOME", ".")).absolute())
+    tracking = tracking_uri or default_tracking_uri(Path(os.environ.get("FLAM_HOME", ".")).absolute())
     check_server(tracking)
     folder = Path(tempfile.mkdtemp(prefix="flam-model-"))
     try:
         client = mlflow.MlflowClient(tracking)
         name, version = _parse(client, address)
         source = client.get_model_version_download_uri(name, version)
+        meant = client.get_model_version(name, version).tags.get("weights_sha256")
         path = Path(download_artifacts(source, dst_path=str(folder), tracking_uri=tracking))
     except MlflowException as error:
         raise DataError(
@@ -115,8 +126,19 @@ def download(address: str) -> Path:
         ) from error
     for found in sorted(path.rglob(CONFIG)):
         if (found.parent / WEIGHTS).is_file():
+            _check_weights(found.parent / WEIGHTS, meant, address)
             return found.parent
     raise DataError(f"{address} is not a model of flam: it holds no {WEIGHTS}", fix="Choose a flam-* model.")
+
+
+def _check_weights(weights: Path, meant: str | None, address: str) -> None:
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if meant is not None and digest != meant:
+        raise DataError(
+            f"the weights of {address} are not those that were registered: their sha256 is {digest[:12]}..., the "
+            f"version's tag says {meant[:12]}...",
+            fix="Somebody replaced the artifact: register the model anew, or roll back.",
+        )
 
 
 def _parse(client: mlflow.MlflowClient, address: str) -> tuple[str, str]:

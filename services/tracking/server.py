@@ -4,6 +4,7 @@ second, and each worker would pay for it at each restart."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ import requests
 from flam_core.errors import EnvironmentFault, SettingsError
 
 STEP_METRIC = "progress/step"
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag of a run that is shown below another."""
 
 # A command line tool of a team's own cluster must not send usage data to third parties.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class RunInfo:
 def named(metrics: Mapping[str, float]) -> dict[str, float]:
     """The same under names that MLflow takes: `rollout/psnr_at_1`."""
     return {key.replace("@", "_at_"): value for key, value in metrics.items()}
+
+
+def unnamed(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The same under flam's own names again."""
+    return {re.sub(r"_at_(\d+)$", r"@\1", key): value for key, value in metrics.items()}
 
 
 def default_tracking_uri(home: Path) -> str:

@@ -89,6 +89,15 @@ def data_sha256(sources: tuple[FeedSource, ...]) -> str:
     return hashlib.sha256(canonical_json([source.identity for source in sources]).encode()).hexdigest()
 
 
+def has_positions(sources: tuple[FeedSource, ...]) -> bool:
+    """Whether the first data set knows where its entities are, by its first clip."""
+    source = sources[0]
+    shard = source.manifest.split("train")[0]
+    row = read_row_group(source.data.fs, f"{source.data.path}/{shard.name}", 0, TRUTH_COLUMNS).to_pylist()[0]
+    truth = decode_truth(row)
+    return truth is not None and truth.positions is not None
+
+
 def describe_actions(sources: tuple[FeedSource, ...]) -> tuple[int, int, int] | None:
     """Entities, numbers of an action and kinds of a discrete action (0: values) of the first data set's true actions.
 

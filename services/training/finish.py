@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
+from flam_core.config_json import canonical_json, to_dict
 from flam_core.data.quarantine import BadClip
 from flam_core.errors import TrainingFailed
 from flam_core.evaluation.evaluate import Evaluation
+from flam_core.evaluation.reconstruction import evaluate_tokenizer
 from flam_core.evaluation.report import write_report
+from flam_core.evaluation.stats import error_key
 from flam_core.learning.trainer import load_trained
 from flam_core.model import Flam
-from flam_core.saved_model import save_model
+from flam_core.model.tokenizer import Tokenizer
+from flam_core.saved_model import save_model, save_tokenizer
 from services.registry import register
 from services.storage import write_bytes
 from services.tracking.run import TrackedRun
 from services.tracking.server import RunInfo
 from services.training import checkpoints
 from services.training.broken import add_broken
-from services.training.held_out import evaluate_on
+from services.training.card import TAGGED, model_card
+from services.training.held_out import clips_of, evaluate_on
 from services.training.job import KEPT_FOR_RESUME, Finished
+from services.training.lineage import git_commit, hardware, seconds_used
 
 if TYPE_CHECKING:
     from services.training.prepare import Prepared
@@ -42,6 +49,8 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
     model = Flam(config.tokenizer, config.model)
     load_trained(model, saved)
     model.to(device).eval()
+    if config.flam_stage.steps == 0:
+        return _finish_tokenizer(prepared, tracking, outputs, model.tokenizer)
     broken: list[BadClip] = []
     measured = evaluate_on(model, prepared.sources[0], config.evaluation, config.seed, on_broken=broken.append)
     add_broken(prepared.run, prepared.sources[0], broken, prepared.settings.max_bad_share)
@@ -57,16 +66,12 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
         "seed": str(config.seed),
     }
     write_report(outputs, measured.rollouts, measured.metrics, info, measured.notes, measured.estimates)
-    save_model(model.cpu(), outputs / "model", _card(prepared, measured))
-    _point_latest(outputs)
-    if not prepared.run.local:
-        for file in sorted(outputs.rglob("*")):
-            if file.is_file():
-                write_bytes(prepared.run / str(file.relative_to(outputs)), file.read_bytes())
-    tracked = TrackedRun(tracking)
-    tracked.summary(measured.metrics)
-    # By default the run's folder is the outputs' too. Checkpoints are too big to go through an MLflow server.
-    tracked.artifacts(outputs, "report", leave_out=KEPT_FOR_RESUME)
+    lineage = _lineage(prepared, device)
+    save_model(model.cpu(), outputs / "model", model_card(prepared, measured, lineage))
+    for name in ("rollout.png", "failures.png", "slots.png"):  # the card shows them
+        if (outputs / name).exists():
+            shutil.copyfile(outputs / name, outputs / "model" / name)
+    _publish(prepared, tracking, outputs, measured.metrics)
     address = None
     if prepared.settings.register:
         name = f"flam-{prepared.data_name}"
@@ -74,18 +79,62 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
             "config_sha256": config.sha256(),
             "manifest_sha256": prepared.manifest.sha256,
             "sample_digest": saved.meta["consumed"],
-            **{key.replace("@", "_at_"): f"{measured.metrics[key]:.4f}" for key in _TAGGED if key in measured.metrics},
+            "evaluation": canonical_json(to_dict(config.evaluation)),
+            **lineage,
+            **_numbers(measured),
         }
-        example = np.zeros((1, 2, *prepared.manifest.frame_size, 3), dtype=np.uint8)
+        example = measured.rollouts.truth[:1, :2]
         address = f"models:/{name}/{register(tracking, name, outputs / 'model', example, tags)}"
     return Finished(outputs, measured.metrics, address)
 
 
-_TAGGED = (
-    *("rollout/psnr@1", "rollout/psnr@10", "copy/psnr@1", "copy/psnr@10", "ceiling/psnr"),
-    *("dci/d", "dci/c", "dci/i", "action_probe/visible_accuracy", "action_probe/others_gain", "leakage", "slots/used"),
-)
-"""Of the many metrics, those that a version's tags and card show."""
+def _lineage(prepared: Prepared, device: torch.device) -> dict[str, str]:
+    seconds, of_workers = seconds_used(prepared.run)
+    used = {"gpu_seconds": f"{of_workers:.0f}"} if device.type == "cuda" else {"worker_seconds": f"{of_workers:.0f}"}
+    return {
+        "git_commit": git_commit(),
+        "seed": str(prepared.config.seed),
+        "hardware": hardware(device),
+        "seconds": f"{seconds:.0f}",
+        **used,
+    }
+
+
+def _numbers(measured: Evaluation) -> dict[str, str]:
+    """A version's tags: metrics, with their standard errors where there are some."""
+    found = measured.metrics
+    keys = [key for name in TAGGED for key in (name, error_key(name)) if key in found]
+    return {key.replace("@", "_at_"): f"{found[key]:.4f}" for key in keys}
+
+
+def _finish_tokenizer(prepared: Prepared, tracking: RunInfo, outputs: Path, tokenizer: Tokenizer) -> Finished:
+    """What is left to do for a run of the first stage alone: nothing is registered."""
+    config, source = prepared.config, prepared.sources[0]
+    broken: list[BadClip] = []
+    frames = config.evaluation.context + config.evaluation.horizon
+    clips = clips_of(source, "test", frames, config.evaluation.clips, on_broken=broken.append)
+    add_broken(prepared.run, source, broken, prepared.settings.max_bad_share)
+    found, picture = evaluate_tokenizer(tokenizer, clips, config.seed)
+    outputs.mkdir(parents=True, exist_ok=True)
+    (outputs / "reconstruction.png").write_bytes(picture)
+    (outputs / "metrics.json").write_text(json.dumps(found.metrics, indent=2, sort_keys=True) + "\n")
+    card = f"# A tokenizer\n\nOf the run `{prepared.run_id}`, for `jobs/train.py --tokenizer_from`.\n"
+    save_tokenizer(tokenizer.cpu(), outputs / "model", card)
+    _publish(prepared, tracking, outputs, found.metrics)
+    return Finished(outputs, found.metrics, None)
+
+
+def _publish(prepared: Prepared, tracking: RunInfo, outputs: Path, metrics: Mapping[str, float]) -> None:
+    """Bring the report to the run's folder or bucket, and to MLflow."""
+    _point_latest(outputs)
+    if not (prepared.run.local and Path(prepared.run.path).resolve() == outputs.resolve()):
+        for file in sorted(outputs.rglob("*")):
+            if file.is_file():
+                write_bytes(prepared.run / str(file.relative_to(outputs)), file.read_bytes())
+    tracked = TrackedRun(tracking)
+    tracked.summary(metrics)
+    # By default the run's folder is the outputs' too. Checkpoints are too big to go through an MLflow server.
+    tracked.artifacts(outputs, "report", leave_out=KEPT_FOR_RESUME)
 
 
 def _point_latest(outputs: Path) -> None:
@@ -99,36 +148,3 @@ def _point_latest(outputs: Path) -> None:
 
 def _count(module: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
-
-
-def _card(prepared: Prepared, measured: Evaluation) -> str:
-    """The model card: what it is, from what, how good, how to use it."""
-    config, manifest = prepared.config, prepared.manifest
-    rows = "\n".join(f"| `{key}` | {measured.metrics[key]:.4f} |" for key in _TAGGED if key in measured.metrics)
-    name = f"flam-{prepared.data_name}"
-    return f"""# {name}
-
-A factored latent action world model (FLAM) with {config.model.factors} factors and {config.model.latent} latent
-actions, trained without action labels by the run `{prepared.run_id}`.
-
-- Data: {manifest.name}: {manifest.source}; licence {manifest.licence}; {manifest.frames} frames of
-  {manifest.frame_size[0]}x{manifest.frame_size[1]}; manifest sha256 `{manifest.sha256}`
-- Settings: recipe `{config.recipe}`, config sha256 `{config.sha256()}`, seed {config.seed}
-
-```python
-import flam_core
-model = flam_core.load("models:/{name}@candidate")
-```
-
-Measured on held-out episodes (docs/metrics.md says what each number means; the run's metrics.json has all of them):
-
-| metric | value |
-|---|---|
-{rows}
-
-The settings in full:
-
-```json
-{json.dumps({"tokenizer": config.tokenizer.__dict__, "model": config.model.__dict__}, indent=2)}
-```
-"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +24,7 @@ from services.feed import CacheSettings, flam_cause
 from services.storage import Location, exists, read_bytes, write_bytes
 from services.tracking.journal import Journal
 from services.tracking.run import TrackedRun, open_run
-from services.tracking.server import RunInfo, check_server, default_tracking_uri
+from services.tracking.server import PARENT, RunInfo, check_server, default_tracking_uri
 from services.training import checkpoints
 from services.training.broken import merge_broken
 from services.training.cluster import FEED_CPUS, check_resources, connect
@@ -33,6 +32,7 @@ from services.training.data import data_sha256
 from services.training.elastic import ElasticData, nothing, parse_workers
 from services.training.failures import Failures
 from services.training.job import FEED_TOTALS, STARTS, TOKENIZER, Finished, WorkerJob
+from services.training.lineage import git_commit
 from services.training.prepare import Prepared, as_given, home
 from services.training.stopping import Stopping
 from services.training.worker import train_worker
@@ -159,6 +159,7 @@ def _open_run(prepared: Prepared, tracking_uri: str) -> RunInfo:
             "config_sha256": config.sha256(),
             "git_commit": git_commit(),
             "run_folder": prepared.run.uri,
+            **({PARENT: prepared.settings.parent} if prepared.settings.parent else {}),
         },
     )
 
@@ -202,7 +203,7 @@ def _trainer(
     prepared: Prepared, tracking: RunInfo, control: Any, function: Callable[[dict[str, Any]], None] = train_worker
 ) -> TorchTrainer:
     settings, plan, workers = prepared.settings, prepared.plan, parse_workers(prepared.settings.workers)
-    cpus = ray.cluster_resources().get("CPU", 0)
+    left = ray.cluster_resources().get("CPU", 0) - workers.most * settings.worker_cpus
     job = WorkerJob(
         prepared.config,
         plan,
@@ -226,7 +227,7 @@ def _trainer(
         cache=CacheSettings(settings.cache, int(settings.cache_gb * 1e9)) if settings.cache else None,
         options=ExecutionOptions(
             preserve_order=True,
-            resource_limits=ExecutionResources(cpu=max(FEED_CPUS, cpus - workers.most * settings.worker_cpus)),
+            resource_limits=ExecutionResources(cpu=max(FEED_CPUS, settings.feed_cpus or left)),
         ),
     )
     return TorchTrainer(
@@ -310,14 +311,3 @@ def _flat(values: dict[str, object], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat
-
-
-def git_commit() -> str:
-    """The commit of the code, or "unknown" outside a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"

@@ -72,7 +72,10 @@ def prepare(config: Config, settings: TrainSettings) -> Prepared:
     check_weights(config.evaluation)
     if settings.verify:
         verify_sources(sources)
-    run_id = settings.resume or _run_id(config, data_sha256(sources), settings.fresh)
+    run_id = run_id_of(config, data_sha256(sources))
+    if settings.fresh:
+        run_id = f"{run_id}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_id = settings.resume or run_id
     return Prepared(config, settings, sources, storage / run_id, run_id, plan, tokenizer)
 
 
@@ -88,16 +91,14 @@ def _resumed_config(asked: Config, stored: Config, run_id: str) -> Config:
     return stored
 
 
-def _run_id(config: Config, data: str, fresh: bool) -> str:
+def run_id_of(config: Config, data: str) -> str:
+    """The run that this config gives on the data of this sha256 (`data_sha256`)."""
     content = canonical_json([to_dict(config), data, config.seed])
-    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    run_id = f"{config.recipe}-{digest}"
-    if not fresh:
-        return run_id
-    return f"{run_id}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"{config.recipe}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def at_home(address: str) -> str:
+    """An address as it is, a relative path from `home()`."""
     return address if "://" in address else str(home() / Path(address).expanduser())
 
 

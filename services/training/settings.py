@@ -6,10 +6,9 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import flam_core
 from flam_core.config import Config
 from flam_core.errors import SettingsError
-from flam_core.saved_model import weights_to_bytes
+from flam_core.saved_model import load_tokenizer, weights_to_bytes
 from flam_core.variants import TRUE_ACTIONS, apply_variant
 from services.feed import Decode, FeedSource
 from services.training.chaos import parse_chaos
@@ -25,7 +24,7 @@ class TrainSettings:
     """The data set: a folder or s3://bucket/prefix. Several with their shares of each batch: data/a@2,data/b@1; the
     first is the one that the model is evaluated on."""
     tokenizer_from: str | None = None
-    """Take the tokenizer of this model (a folder, a run, models:/NAME/VERSION) instead of training one."""
+    """Take this tokenizer, or that of this model (a folder, a run, models:/NAME/VERSION), instead of training one."""
     storage: str = "outputs"
     """Where the run keeps config and checkpoints: a folder or s3://bucket/prefix."""
     tracking: str | None = None
@@ -36,6 +35,10 @@ class TrainSettings:
     """Ray Train workers (data-parallel ranks): a number, or a range such as 2:8 for as many as there is room for."""
     worker_cpus: float = 1.0
     """Logical CPUs of each worker. Ray Data needs some beside them."""
+    feed_cpus: float = 0.0
+    """Logical CPUs that Ray Data may take; 0: all that the workers leave."""
+    parent: str | None = None
+    """MLflow's id of the run that this one is shown below."""
     threads: int = 0
     """PyTorch threads of each worker; 0: the cores of this machine but one, shared out among the
     workers."""
@@ -95,6 +98,8 @@ class TrainSettings:
             raise SettingsError(f"cache_gb = {self.cache_gb}", fix="Use a number above 0.")
         if self.worker_cpus <= 0:
             raise SettingsError(f"worker_cpus = {self.worker_cpus}", fix="Use a number above 0.")
+        if self.feed_cpus < 0:
+            raise SettingsError(f"feed_cpus = {self.feed_cpus}", fix="Use a number above 0, or 0 for all.")
 
 
 def settle(config: Config, settings: TrainSettings, sources: tuple[FeedSource, ...]) -> tuple[Config, bytes | None]:
@@ -104,7 +109,7 @@ def settle(config: Config, settings: TrainSettings, sources: tuple[FeedSource, .
     """
     weights = None
     if settings.tokenizer_from is not None:
-        tokenizer = flam_core.load(settings.tokenizer_from).tokenizer
+        tokenizer = load_tokenizer(settings.tokenizer_from)
         weights = weights_to_bytes(tokenizer)
         config = replace(
             config,

@@ -58,9 +58,7 @@ def broken(
 
     # It stands still near its end, since what workers print may come late.
     waits = [*arguments[:-1], f"slow:0,hang@{RESUME_STEPS - 60}"]
-    second = kill_when(
-        waits, environment(), home, lambda: max(committed(index)) > first[-1], printed="resumed at step"
-    )
+    second = kill_when(waits, environment(), home, lambda: max(committed(index)) > first[-1], printed="resumed at step")
     then = committed(index)
 
     done = run_job(arguments, environment(), home)

@@ -52,12 +52,12 @@ def test_evaluate_measures_everything_on_a_real_model() -> None:
         ({"state": "patches", "factors": 3}, {"dci", "probe", "slots"}, ["No DCI: the model has no slots."]),
         (
             {"latent": "none"},
-            {"action_probe", "leakage", "zero", "random", "prior", "shuffled_time"},
+            {"action_probe", "actions", "leakage", "zero", "random", "prior", "shuffled_time"},
             ["No action probe: the model has no latent actions of its own."],
         ),
         (
             {"latent": "true", "true_actions": (2, 1, 5), "state": "patches", "factors": 1},
-            {"action_probe", "leakage", "dci", "probe", "slots", "prior"},
+            {"action_probe", "actions", "leakage", "dci", "probe", "slots", "prior"},
             ["No leakage: the model has no latent actions of its own.", "No prior control: the model is given true"],
         ),
         ({"latent": "vq"}, set(), []),

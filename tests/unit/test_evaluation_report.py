@@ -34,7 +34,7 @@ def documented_keys() -> set[str]:
 def general(key: str) -> str:
     """A key as the documentation writes it."""
     at = "@<entity>" if key.startswith(("probe/", "action_probe/", "leakage")) else "@k"
-    return re.sub(r"^slots/\d+/", "slots/<i>/", re.sub(r"@\d+$", at, key))
+    return re.sub(r"^(slots|actions)/\d+/", r"\1/<i>/", re.sub(r"@\d+$", at, key))
 
 
 def test_every_key_is_documented_and_every_documented_key_exists(evaluation: Evaluation, tmp_path: Path) -> None:
@@ -44,7 +44,8 @@ def test_every_key_is_documented_and_every_documented_key_exists(evaluation: Eva
     assert list(written) == sorted(written)
     weights_missing = {key for key in documented_keys() if key.startswith(("lpips/", "fvd/"))}
     assert len(weights_missing) == 12
-    values_missing = {"action_probe/r2", "action_probe/r2@<entity>"}  # the grid's actions are classes
+    # The grid's actions are classes, and the model's latent actions are not discrete.
+    values_missing = {"action_probe/r2", "action_probe/r2@<entity>", "actions/perplexity"}
     plain = {general(key) for key in written if "_se@" not in key and not key.endswith("_se")}
     assert plain == documented_keys() - weights_missing - values_missing
     for source in ("rollout", "copy", "shuffled", "ceiling"):
@@ -70,7 +71,7 @@ def test_report_is_self_contained_and_escapes_what_it_shows(evaluation: Evaluati
     info = {"recipe": '<script>alert("x")</script>', "a & b": "multigrid"}
     page = write_report(tmp_path / "deep" / "er", evaluation.rollouts, evaluation.metrics, info, ["<i>odd</i>"])
     assert sorted(p.name for p in page.parent.iterdir()) == [
-        *("curves.png", "horizon.png", "intervals.json", "metrics.json", "report.html"),
+        *("curves.png", "failures.png", "horizon.png", "intervals.json", "metrics.json", "report.html"),
         *("rollout.gif", "rollout.png", "slots.png"),
     ]
     text = page.read_text()

@@ -15,7 +15,19 @@ from flam_core.evaluation.horizon import HORIZON
 from flam_core.evaluation.image import PSNR_CAP, frame_ssim, psnr
 from flam_core.evaluation.pictures import slots_png
 from flam_core.evaluation.rollout import CONTROLS, EXAMPLES, SOURCES, evaluate_rollouts
-from tests.evaluation_fixture import CONFIG, Copier, Oracle, Puppets, context, filmed, noise, puppet_clips, stub
+from flam_core.model.latent_action import LatentActions
+from tests.evaluation_fixture import (
+    CONFIG,
+    Copier,
+    Oracle,
+    Puppets,
+    context,
+    filmed,
+    latent_of,
+    noise,
+    puppet_clips,
+    stub,
+)
 
 
 def test_psnr_and_ssim_equal_hand_computed_values() -> None:
@@ -152,9 +164,9 @@ def test_what_cannot_be_measured_is_named() -> None:
 
 def test_model_of_true_actions_is_given_them_and_has_no_prior() -> None:
     class Told(Oracle):
-        def infer_actions(self, slots: torch.Tensor, true_actions: torch.Tensor | None = None) -> torch.Tensor:
+        def infer(self, slots: torch.Tensor, true_actions: torch.Tensor | None = None) -> LatentActions:
             assert true_actions is not None
-            return true_actions[:, :-1, :1] / 255 * torch.ones(16 * 16 * 3)
+            return latent_of(true_actions[:, :-1, :1] / 255 * torch.ones(16 * 16 * 3))
 
     frames = noise().numpy()
     frames[:] = frames[:, :, :1, :1, :1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
@@ -16,7 +17,17 @@ import flam_core
 from flam_core.config import ModelConfig, TokenizerConfig
 from flam_core.errors import DataError, SettingsError
 from flam_core.model import Flam
-from flam_core.saved_model import CARD, CONFIG, WEIGHTS, load, save_model, weights_from_bytes, weights_to_bytes
+from flam_core.saved_model import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    load,
+    load_tokenizer,
+    save_model,
+    save_tokenizer,
+    weights_from_bytes,
+    weights_to_bytes,
+)
 
 TOKENIZER = TokenizerConfig(frame_size=16, unshuffle=4, channels=(8,), feature_dim=6)
 MODEL = ModelConfig(factors=2, width=16, heads=2, blocks=1, iterations=2, latent_width=8)
@@ -108,8 +119,10 @@ def test_a_place_without_model_is_refused(tmp_path: Path) -> None:
 def test_damaged_weights_are_refused(folder: Path, damage: Any) -> None:
     path = folder / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match="weights cannot be read"):
+    with pytest.raises(DataError, match="is not what was saved: its sha256"):
         load(folder)
+    with pytest.raises(DataError, match="weights cannot be read"):
+        weights_from_bytes(fresh(), path.read_bytes())
 
 
 class _Trap:
@@ -135,22 +148,46 @@ def test_pickled_code_never_runs(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 2', "is not JSON"),
+        ('{"format": 3', "is not JSON"),
         ("", "is not JSON"),
-        ("[1, 2]", "is not of format 2"),
-        ('{"model_type": "llama"}', "is not of format 2"),
-        ('{"format": 3}', "is not of format 2"),
-        ('{"format": 2}', "tokenizer is NoneType"),
-        ('{"format": 2, "tokenizer": {"size": 3}, "model": {}}', "unknown fields size"),
-        ('{"format": 2, "tokenizer": {}, "model": {"factors": "4"}}', "model.factors = '4'"),
-        ('{"format": 2, "tokenizer": {}, "model": {"factors": 3}}', "not divisible by model.factors 3"),
+        ("[1, 2]", "is of format None, and this flam reads 3"),
+        ('{"model_type": "llama"}', "is of format None"),
+        ('{"format": 2}', "is of format 2, .* another flam"),
+        ('{"format": 4}', "is of format 4, .* update flam"),
+        ('{"format": 3}', "is not what was saved"),
+        ('{"format": 3, "weights_sha256": "HASH", "model": {}}', "tokenizer is NoneType"),
+        ('{"format": 3, "weights_sha256": "HASH", "tokenizer": {"size": 3}, "model": {}}', "unknown fields size"),
+        ('{"format": 3, "weights_sha256": "HASH", "tokenizer": {}, "model": {"factors": "4"}}', "model.factors = '4'"),
+        ('{"format": 3, "weights_sha256": "HASH", "tokenizer": {}, "model": {"factors": 3}}', "not divisible by"),
+        ('{"format": 3, "weights_sha256": "HASH", "tokenizer": {}}', "is a tokenizer alone"),
     ],
 )
 def test_a_config_that_is_not_flams_is_refused(folder: Path, text: str, message: str) -> None:
-    (folder / CONFIG).write_text(text)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    (folder / CONFIG).write_text(text.replace("HASH", digest))
     with pytest.raises(DataError, match=message) as caught:
         load(folder)
-    assert CONFIG in caught.value.what
+    assert str(folder) in caught.value.what
+
+
+def test_weights_of_another_model_are_refused(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(weights_to_bytes(fresh(seed=5)))
+    with pytest.raises(DataError, match="is not what was saved: its sha256") as caught:
+        load(folder)
+    assert WEIGHTS in caught.value.what
+
+
+def test_a_tokenizer_alone_comes_back_bit_for_bit_and_is_no_model(tmp_path: Path) -> None:
+    tokenizer = fresh(seed=4).tokenizer
+    save_tokenizer(tokenizer, tmp_path / "run" / "model", "# A card\n")
+    assert weights_to_bytes(load_tokenizer(tmp_path / "run")) == weights_to_bytes(tokenizer)
+    with pytest.raises(DataError, match="is a tokenizer alone") as caught:
+        load(tmp_path / "run")
+    assert "--tokenizer_from" in caught.value.fix
+
+
+def test_the_tokenizer_of_a_model_is_found_too(folder: Path) -> None:
+    assert weights_to_bytes(load_tokenizer(folder)) == weights_to_bytes(load(folder).tokenizer)
 
 
 def test_a_config_that_is_no_text_is_refused(folder: Path) -> None:
