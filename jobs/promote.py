@@ -5,7 +5,8 @@
     python jobs/promote.py flam-grid --data s3://bucket/grid --margins.leakage 0.01
     python jobs/promote.py flam-grid --rollback      # the previous champion again
 
-Both are measured on the same held-out episodes. Exit code 0: promoted (or would be), 6: refused, with the reason.
+Both are measured on the same held-out episodes, as the challenger's own run was. Exit code 0: promoted (or would be),
+6: refused, with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/promote.py` puts only jobs/ on the path
 
-from flam_core.config_evaluation import EvaluationConfig
 from flam_core.errors import Refused, SettingsError
 from services.console import run_program, table
 from services.registry.gate import Decision, Margins
@@ -48,8 +48,6 @@ class Arguments:
     seed: int = 0
     """Of the bootstrap."""
     margins: Margins = field(default_factory=Margins)
-    evaluation: EvaluationConfig | None = None
-    """How to measure; default: as the challenger's run was."""
 
     def __post_init__(self) -> None:
         if self.rollback and (self.dry_run or self.version or self.data):
@@ -67,7 +65,7 @@ def main(arguments: Arguments) -> None:
     promotion = Promotion(
         tracking, arguments.model, arguments.version, arguments.data, arguments.manifest, arguments.seed
     )
-    decision, place = promote(promotion, arguments.margins, arguments.evaluation, dry_run=arguments.dry_run)
+    decision, place = promote(promotion, arguments.margins, dry_run=arguments.dry_run)
     show(arguments, decision, place)
     if not decision.promoted:
         raise Refused(

@@ -35,9 +35,7 @@ class Promotion:
     seed: int = 0
 
 
-def promote(
-    promotion: Promotion, margins: Margins, evaluation: EvaluationConfig | None = None, *, dry_run: bool = False
-) -> tuple[Decision, str]:
+def promote(promotion: Promotion, margins: Margins, *, dry_run: bool = False) -> tuple[Decision, str]:
     """Decide and, but for a dry run, do it; the decision, and where it is kept (with the challenger's run).
 
     Raises DataError if there is no challenger, or its data are not there or not those that were meant; EnvironmentFault
@@ -53,7 +51,7 @@ def promote(
                 fix="Train another, or name a challenger with --version.",
             )
         source = _source(champions, challenger, promotion)
-        config = evaluation or _evaluation_of(challenger)
+        config = _evaluation_of(challenger)
         measured = [
             None if version is None else _measure(version, source, config, promotion)
             for version in (challenger, champion)

@@ -84,6 +84,19 @@ def _register(
     return str(version.version)
 
 
+def nominate(tracking_uri: str, name: str, run: str) -> str | None:
+    """Give the newest version of the model `name` that the flam run `run` registered the alias `candidate`; its number,
+    or None if the run registered none. Raises EnvironmentFault if MLflow refuses."""
+    with refusals(tracking_uri, "does not move the alias candidate", fix="Check the server and the credentials."):
+        client = mlflow.MlflowClient(tracking_uri)
+        known = [one for one in client.search_model_versions(f"name = '{name}'") if one.tags.get("flam_run") == run]
+        if not known:
+            return None
+        newest = max(known, key=lambda one: int(one.version))
+        client.set_registered_model_alias(name, "candidate", newest.version)
+    return str(newest.version)
+
+
 @contextmanager
 def _tracking_uri(uri: str) -> Iterator[None]:
     """MLflow's fluent calls, which log_model needs, go to a global address."""

@@ -107,6 +107,7 @@ class TrialActor(tune.Trainable):
                 self._stop()
                 return self._result({"done": True, "collapsed": self._collapsed})
             if code is not None and (ended := self._ended(code)) is not None:
+                self._keep_log()
                 return self._result({"done": True, **ended})
             if time.monotonic() > deadline:
                 return self._result({})
@@ -115,6 +116,9 @@ class TrialActor(tune.Trainable):
     def cleanup(self) -> None:
         """Tune stops the trial, or it has ended."""
         self._stop()
+        self._keep_log()
+
+    def _keep_log(self) -> None:
         log = self._here / "log.txt"
         write_bytes(self._sweep / "logs" / f"{self._job.name}.txt", log.read_bytes() if log.exists() else b"")
 

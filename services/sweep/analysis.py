@@ -100,6 +100,15 @@ def best(points: Sequence[PointSummary], metric: str) -> PointSummary | None:
     return max(known, key=lambda point: point.estimates[metric].mean, default=None)
 
 
+def best_trial(found: Mapping[str, Any]) -> Row | None:
+    """Of the trials that came to their end, the one that was best at its last look, on the split `val`: the numbers on
+    `test` are for others to judge by. None if there is none."""
+    metric = found["objectives"][0]["metric"]
+    ended = [row for row in found["trials"] if row["stopped_by"] is None and row["looks"]]
+    known = [row for row in ended if metric in row["looks"][-1]["metrics"]]
+    return max(known, key=lambda row: row["looks"][-1]["metrics"][metric], default=None)
+
+
 def differences(found: Mapping[str, Any], setting: str) -> list[Difference]:
     """Of each value of a setting to each smaller one."""
     rows: list[Row] = found["trials"]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,10 @@ from ray import tune
 
 from flam_core.errors import DataError, EnvironmentFault, SettingsError, Stopped, TrainingFailed
 from flam_core.saved_model import WEIGHTS
+from services.registry import nominate
 from services.storage import exists, write_bytes
 from services.sweep.actor import TrialActor, TrialJob, job_place
+from services.sweep.analysis import best_trial
 from services.sweep.halving import scheduler
 from services.sweep.prepare import Sweep
 from services.sweep.process import RUN, Spec
@@ -75,8 +77,9 @@ def run_sweep(sweep: Sweep, show: Show) -> Report:
                     f"sweep {sweep.name} was stopped{why}: {len(search.records)} of {sweep.total} trials are done",
                     fix="The same command goes on from there.",
                 )
-            report = write_report(sweep, results(sweep, search.records))
-            tracked.tag(report.tags)
+            found = results(sweep, search.records)
+            report = write_report(sweep, found)
+            tracked.tag(report.tags | _nominated(sweep, parent, found))
             tracked.text(report.page, "report/report.html")
             tracked.text(report.content, "report/sweep.json")
         except BaseException as error:
@@ -88,6 +91,16 @@ def run_sweep(sweep: Sweep, show: Show) -> Report:
         if started:
             ray.shutdown()
     return report
+
+
+def _nominated(sweep: Sweep, parent: RunInfo, found: Mapping[str, Any]) -> dict[str, str]:
+    """Make the best trial's model the candidate: each trial made its own so when it ended."""
+    winner = best_trial(found)
+    if winner is None or not sweep.training.register:
+        return {}
+    name = f"flam-{sweep.data_name}"
+    version = nominate(parent.tracking_uri, name, winner["run"])
+    return {} if version is None else {"candidate": f"models:/{name}/{version}"}
 
 
 def _run_trials(sweep: Sweep, parent: RunInfo, at_a_time: int, show: Show, lease: Lease) -> StudySearch:

@@ -89,6 +89,9 @@ def test_mlflow_shows_a_parent_and_each_trial_below_it_once(swept: Swept, cluste
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     assert len(children) == len(runs) - 1 == 5  # four trials and the tokenizer that they share
     assert parents[0].data.tags["best"]
+    version = client.get_model_version_by_alias("flam-grid", "candidate")
+    assert parents[0].data.tags["candidate"] == f"models:/flam-grid/{version.version}"
+    assert version.tags["flam_run"] in {row["run"] for row in swept.results["trials"]}
     for row in swept.results["trials"]:
         (run,) = [one for one in children if one.data.tags["flam.run_id"] == row["run"]]
         assert run.info.status == ("FINISHED" if row["stopped_by"] is None else "KILLED")

@@ -75,7 +75,7 @@ def test_report_is_self_contained_and_escapes_what_it_shows(evaluation: Evaluati
         *("rollout.gif", "rollout.png", "slots.png"),
     ]
     text = page.read_text()
-    assert text.count("data:image/") == 5
+    assert text.count("data:image/") == 6
     text = re.sub(r"data:image/(png|gif);base64,[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|//|url\(|@import|<link|<script|<i>", text)
     assert set(re.findall(r'src="([^"]*)"', text)) == {""}

@@ -19,7 +19,7 @@ from flam_core.errors import DataError, SettingsError
 from flam_core.recipes import get_recipe
 from services.storage import resolve
 from services.sweep.actor import SCORE, STEP
-from services.sweep.analysis import best, differences, next_steps, pareto, summaries, wanted_factors
+from services.sweep.analysis import best, best_trial, differences, next_steps, pareto, summaries, wanted_factors
 from services.sweep.halving import Halving
 from services.sweep.report import _PICTURES, page
 from services.sweep.search import StudySearch, objectives, open_study
@@ -264,6 +264,17 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert 4 in front
     beaten = summaries(sweep(trials=[trial(4, 0, 2e-4, 0), worse]))
     assert [point.settings["factors"] for point in pareto(beaten, OBJECTIVES)] == [4]
+
+
+def test_the_best_trial_is_chosen_on_the_split_that_is_not_for_judging() -> None:
+    found = sweep(trials=[trial(4, 0, 2e-4, 0), trial(4, 0, 2e-4, 1), collapsed(4, 0)])
+    for row, val, test in zip(found["trials"], (30.0, 31.0, 99.0), (35.0, 20.0, 99.0), strict=True):
+        row["looks"] = [{"step": 1000, "metrics": {"rollout/psnr@10": val}}]
+        row["metrics"] = {**row["metrics"], "rollout/psnr@10": test}
+    chosen = best_trial(found)
+    assert chosen is not None
+    assert chosen["seed"] == 1
+    assert best_trial(sweep(trials=[collapsed(4, 0)])) is None
 
 
 def test_the_cliff_is_named_and_what_to_try() -> None:
