@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-from flam_core.errors import DataError
+from flam_core.errors import DataError, EnvironmentFault
 from flam_core.saved_model import CONFIG, WEIGHTS
 from services.tracking.server import RunInfo, check_server, default_tracking_uri, refusals
 
@@ -133,6 +134,11 @@ def download(address: str, tracking_uri: str | None = None) -> Path:
         meant = client.get_model_version(name, version).tags.get("weights_sha256")
         path = Path(download_artifacts(source, dst_path=str(folder), tracking_uri=tracking))
     except MlflowException as error:
+        if re.search(r"error code 40[13]", str(error)):
+            raise EnvironmentFault(
+                f"MLflow at {tracking} does not let this user read {address}",
+                fix="Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
+            ) from error
         raise DataError(
             f"no model at {address} in MLflow at {tracking}: {str(error).splitlines()[0]}",
             fix="List the versions in MLflow's page, or set MLFLOW_TRACKING_URI.",

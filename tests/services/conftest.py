@@ -221,21 +221,25 @@ class Tracking:
 
 
 @contextmanager
-def running_mlflow(folder: Path, port: int = 0) -> Iterator[tuple[Tracking, subprocess.Popen[bytes]]]:
-    """An MLflow server on SQLite that keeps everything in `folder`, and its process, to be killed."""
+def running_mlflow(
+    folder: Path, port: int = 0, *, artifacts: str | None = None, app: str | None = None, **variables: str
+) -> Iterator[tuple[Tracking, subprocess.Popen[bytes]]]:
+    """An MLflow server on SQLite that keeps everything in `folder` (artifacts elsewhere, if that is given), and its
+    process, to be killed. app: such as basic-auth."""
     port = port or free_ports(1)[0]
-    log, artifacts = folder / "log.txt", folder / "artifacts"
+    log = folder / "log.txt"
     options = {
         "host": "127.0.0.1",
         "port": port,
         "workers": 1,
         "backend-store-uri": f"sqlite:///{folder / 'mlflow.db'}",
-        "artifacts-destination": artifacts,
+        "artifacts-destination": artifacts or folder / "artifacts",
+        **({"app-name": app} if app else {}),
     }
     with log.open("wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())],
-            env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
+            env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", **variables),
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
@@ -243,7 +247,7 @@ def running_mlflow(folder: Path, port: int = 0) -> Iterator[tuple[Tracking, subp
         )
     try:
         wait_for_page(f"http://127.0.0.1:{port}/health", server, log, 120)
-        yield Tracking(f"http://127.0.0.1:{port}", artifacts), server
+        yield Tracking(f"http://127.0.0.1:{port}", folder / "artifacts"), server
     finally:
         kill_group(server)
 

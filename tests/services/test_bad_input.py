@@ -86,7 +86,7 @@ def test_factors_that_do_not_divide_the_latent_width(home: Path) -> None:
     ("code", "arguments", "parts"),
     [
         (SETTINGS, ["--tokenizer.frame_size", "50"], ["tokenizer.frame_size 50", "stride 8"]),
-        (SETTINGS, ["--flam_stage.steps", "0"], ["steps = 0", "at least 1"]),
+        (SETTINGS, ["--flam_stage.steps", "-1"], ["steps = -1", "must not be negative"]),
         (SETTINGS, ["--workers", "0"], ["workers = 0"]),
         (SETTINGS, ["--workers", "5"], ["batch_clips 4", "5 workers"]),
         (SETTINGS, ["--tokenizer.frame_size", "64"], ["48x48", "is 64", "--tokenizer.frame_size 48"]),
