@@ -32,7 +32,7 @@ test: $(READY)
 	$(RUN) -m pytest -m 'not slow' -n 2 tests/unit tests/docs
 	$(RUN) -m pytest -m 'not slow and not rgw' --durations 15 tests/services
 
-# make test-slow   the learning tests and clusters that ask for a token: some minutes each
+# make test-slow   learning, promotion, clusters and servers that ask for a token or password: some minutes each
 test-slow: $(READY)
 	$(RUN) -m pytest -m slow
 

@@ -28,6 +28,8 @@ from services.storage import resolve
 from services.tracking.run import open_run
 from tests.services.conftest import Tracking, environment, run_job, said, sha256
 
+pytestmark = pytest.mark.slow
+
 SMALL = EvaluationConfig(clips=8, horizon=4, probe_clips=8, long_clips=4, long_horizon=8)
 WIDE = Margins(dci=1.0, leakage=1.0, usage=1.0, long_rollout_db=100.0, latency_share=100.0)
 REFUSED = 6

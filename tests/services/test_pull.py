@@ -20,6 +20,8 @@ from services.registry import register
 from services.tracking.run import open_run
 from tests.services.conftest import environment, running_mlflow, said, sha256, storage_environment
 
+pytestmark = pytest.mark.slow
+
 USER, PASSWORD = "admin", "correct-horse-battery"
 NAME = "flam-pull"
 ENVIRONMENT_FAULT, DATA = 3, 4
