@@ -14,9 +14,9 @@ from flam_core.learning.trainer import Trainer
 from flam_core.variants import dynamics_weights
 from services.console import table
 from services.sweep.prepare import Sweep
+from services.sweep.run import local_room
 from services.sweep.space import Point
 from services.sweep.trials import Record
-from services.training.elastic import parse_workers
 
 _STEPS = 3
 """That are timed."""
@@ -67,7 +67,7 @@ def _left(sweep: Sweep, costs: dict[Point, Cost], records: list[Record | None]) 
     steps = sweep.base.flam_stage.steps
     mean = sum(cost.flops for cost in costs.values()) / len(costs)
     to_do = sweep.total - sum(record is not None for record in records)
-    at_a_time = sweep.settings.at_a_time or max(1, (os.cpu_count() or 1) // parse_workers(sweep.training.workers).most)
+    at_a_time = sweep.settings.at_a_time or local_room(sweep)
     done = [record for record in records if record is not None and record.steps and record.seconds]
     if done:
         seconds = sum(record.seconds / record.steps for record in done) / len(done) * steps

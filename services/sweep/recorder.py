@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial as TuneTrial
 
 from flam_core.errors import FlamError, unpack
@@ -92,3 +92,18 @@ class Recorder(Callback):
         if "collapsed" in notes.end:
             return notes.end["collapsed"]
         return ASHA if tune_id in self.stopped and "metrics" not in notes.end else ""
+
+
+class Hopeless(Stopper):
+    """Ends the sweep once a trial was refused for what no other could do better."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is stopped by this."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether it is."""
+        return self._recorder.refused is not None

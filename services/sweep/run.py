@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import tune
 
@@ -27,7 +28,7 @@ from services.sweep.analysis import best_trial
 from services.sweep.halving import scheduler
 from services.sweep.prepare import Sweep
 from services.sweep.process import RUN, Spec
-from services.sweep.recorder import Recorder
+from services.sweep.recorder import Hopeless, Recorder
 from services.sweep.report import Report, write_report
 from services.sweep.results import results
 from services.sweep.search import StudySearch, open_study
@@ -46,7 +47,8 @@ _ACTOR_CPUS = 0.01
 _LOOK_SECONDS = 1.0
 _PROCESS_CPUS = 0.5
 """Of a trial, beside its workers and its feed: Ray Train's controller and others that are rarely busy."""
-
+_PROCESS_BYTES, _WORKER_BYTES = 3 << 29, 1 << 30
+"""What a small trial's processes take, and each of its workers."""
 
 Show = Callable[[Sweep, StudySearch, Recorder], None]
 """Is called when there is something new to show."""
@@ -83,7 +85,8 @@ def run_sweep(sweep: Sweep, show: Show) -> Report:
             tracked.text(report.page, "report/report.html")
             tracked.text(report.content, "report/sweep.json")
         except BaseException as error:
-            tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
+            with suppress(EnvironmentFault):  # MLflow may be what failed: the first error is the one to show
+                tracked.finish("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
             raise
         tracked.finish("FINISHED")
     finally:
@@ -145,6 +148,7 @@ def _run_trials(sweep: Sweep, parent: RunInfo, at_a_time: int, show: Show, lease
             storage_filesystem=sweep.folder.fs,
             storage_path=(sweep.folder / "tune").path,
             callbacks=[recorder],
+            stop=Hopeless(recorder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=2),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
@@ -227,8 +231,15 @@ def _train_tokenizer(sweep: Sweep, levels: Levels, parent: RunInfo, lease: Lease
 
 def _room(sweep: Sweep) -> TrainSettings:
     """For a local Ray: with logical CPUs for all trials that run at a time."""
-    at_a_time = sweep.settings.at_a_time or max(1, (os.cpu_count() or 1) // parse_workers(sweep.training.workers).most)
+    at_a_time = sweep.settings.at_a_time or local_room(sweep)
     return replace(sweep.training, workers=str(at_a_time * (parse_workers(sweep.training.workers).most + 1)))
+
+
+def local_room(sweep: Sweep) -> int:
+    """How many trials this machine has cores and memory for; at least one."""
+    workers = parse_workers(sweep.training.workers).most
+    by_memory = psutil.virtual_memory().available // (_PROCESS_BYTES + workers * _WORKER_BYTES)
+    return max(1, min((os.cpu_count() or 1) // workers, by_memory))
 
 
 def _worker_cpus(sweep: Sweep) -> float:
