@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/stu
 
 from services.console import run_program
 from services.study import StudySettings, ablation_cells, factoring_cells, run_study
-from services.study.table import hardware, rows_of, write_results
+from services.study.table import describe_hardware, rows_of, write_results
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(arguments: Arguments) -> None:
         done = [results[one.name] for one in cells if one.name in results]
         about = {
             "command": shlex.join(["python", "jobs/study.py", *sys.argv[1:]]),
-            "hardware": hardware(settings),
+            "hardware": describe_hardware(settings),
             "trainings": f"{len(done)} of {len(cells)}",
             "hours_of_training": round(sum(one["seconds"] for _, one in done) / 3600, 2),
         }

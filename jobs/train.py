@@ -23,13 +23,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/train.py` puts only jobs/ on the path
 
 from flam_core.config import Config
-from flam_core.errors import SettingsError
 from flam_core.recipes import get_recipe
 from services.console import run_program, table
 from services.training.launch import RunResult, train
 from services.training.prepare import prepare
 from services.training.runs import RunState, follow, list_runs
-from services.training.settings import TrainSettings
+from services.training.settings import TrainSettings, take_recipe
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,10 @@ class Arguments:
 
 def from_recipe(words: list[str]) -> Arguments:
     """Take the recipe's name off the front; without one it is that of the run to resume, else `tiny`."""
-    if any(word.partition("=")[0] == "--recipe" for word in words):
-        raise SettingsError("--recipe is not a flag", fix="Give the recipe as the first word: jobs/train.py tiny ...")
-    if words and not words[0].startswith("-"):
-        name = words.pop(0)
-    else:
-        name = words[words.index("--resume") + 1].split("-")[0] if "--resume" in words[:-1] else "tiny"
-    return Arguments(get_recipe(name))
+    resumed = words[words.index("--resume") + 1].split("-")[0] if "--resume" in words[:-1] else ""
+    named = bool(words) and not words[0].startswith("-")
+    name = take_recipe(words, "jobs/train.py")
+    return Arguments(get_recipe(name if named else resumed or name))
 
 
 def main(arguments: Arguments) -> None:

@@ -21,7 +21,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/tune.py` puts only jobs/ on the path
 
 from flam_core.config import Config
-from flam_core.errors import SettingsError
 from flam_core.recipes import get_recipe
 from services.console import run_program, table
 from services.sweep.plan import show_plan
@@ -30,7 +29,7 @@ from services.sweep.progress import Progress
 from services.sweep.run import run_sweep
 from services.sweep.settings import SweepSettings
 from services.sweep.space import Space
-from services.training.settings import TrainSettings
+from services.training.settings import TrainSettings, take_recipe
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ class Arguments:
 
 def from_recipe(words: list[str]) -> Arguments:
     """Take the recipe's name off the front; without one it is `tiny`."""
-    if any(word.partition("=")[0] == "--recipe" for word in words):
-        raise SettingsError("--recipe is not a flag", fix="Give the recipe as the first word: jobs/tune.py tiny ...")
-    return Arguments(get_recipe(words.pop(0) if words and not words[0].startswith("-") else "tiny"))
+    return Arguments(get_recipe(take_recipe(words, "jobs/tune.py")))
 
 
 def main(arguments: Arguments) -> None:

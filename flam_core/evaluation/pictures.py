@@ -59,7 +59,7 @@ def rollout_png(result: RolloutResult) -> bytes:
     if result.masks is not None:
         handles = [Patch(color=c, label=f"slot {k + 1}") for k, c in enumerate(_colours(result.masks.shape[2]))]
         figure.legend(handles=handles, loc="lower center", ncols=min(8, len(handles)), fontsize=9, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def failures_png(result: RolloutResult) -> bytes:
@@ -79,7 +79,7 @@ def failures_png(result: RolloutResult) -> bytes:
                 number = result.worst[clip]
                 db = float(psnr(result.errors["rollout"][number].mean()))
                 axis.set_title(f"{result.ids[number]}: {db:.1f} dB", loc="left", fontsize=11, fontweight="bold")
-    return _png(figure)
+    return png(figure)
 
 
 def rollout_gif(result: RolloutResult) -> bytes:
@@ -119,7 +119,7 @@ def reconstruction_png(frames: np.ndarray, drawn: np.ndarray) -> bytes:
     figure = _sheet(columns, 2 * pitch + 0.1)
     _strip(figure, 0.05, "truth", frames[columns])
     _strip(figure, 0.05 + pitch, "truth through\nthe tokenizer", drawn[columns])
-    return _png(figure)
+    return png(figure)
 
 
 def curves_png(metrics: dict[str, float]) -> bytes:
@@ -141,7 +141,7 @@ def curves_png(metrics: dict[str, float]) -> bytes:
         axis.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=10, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def horizon_png(metrics: dict[str, float]) -> bytes:
@@ -160,7 +160,7 @@ def horizon_png(metrics: dict[str, float]) -> bytes:
     axis.set_ylabel("PSNR (dB)")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=1, fontsize=10, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def slots_png(result: RolloutResult) -> bytes:
@@ -185,7 +185,7 @@ def slots_png(result: RolloutResult) -> bytes:
         orientation="horizontal",
         label="share of the patch that the slot claims",
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _rows(result: RolloutResult, clip: int) -> list[tuple[str, np.ndarray]]:
@@ -274,7 +274,8 @@ def _bytes(values: np.ndarray) -> np.ndarray:
     return (values.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     # Without the name and address of the program in it: equal results, equal bytes.
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})

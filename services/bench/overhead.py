@@ -6,11 +6,11 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import ray
 import ray.train
@@ -97,9 +97,7 @@ class _Turns:
         for number in range(self.rounds):
             for kind in ("served", "loop") if number % 2 else ("loop", "served"):
                 kept, begun = [], time.perf_counter()
-                with mock.patch.object(
-                    training.trainer, "train_step", _Stopwatch(training.trainer.train_step)
-                ) as inside:
+                with _timed(training.trainer) as inside:
                     for _ in range(self.steps):
                         kept.append(next(batches))
                         training.step(kept[-1]) if kind == "served" else _bare(training.trainer, kept[-1])
@@ -148,6 +146,17 @@ class _Stopwatch:
             return self._function(*given)
         finally:
             self.seconds += time.perf_counter() - begun
+
+
+@contextmanager
+def _timed(trainer: Trainer) -> Iterator[_Stopwatch]:
+    """The trainer's steps under a stopwatch."""
+    watch = _Stopwatch(trainer.train_step)
+    trainer.train_step = watch  # pyright: ignore[reportAttributeAccessIssue] - it takes what the method does
+    try:
+        yield watch
+    finally:
+        del trainer.train_step  # the method shows again
 
 
 def _leave(run: Location, result: dict[str, Any]) -> None:

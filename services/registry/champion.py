@@ -10,7 +10,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -141,13 +141,16 @@ class Champions:
         return path
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the one who may move the aliases. Raises EnvironmentFault if somebody else is at it."""
+    def lock(self) -> Iterator[Callable[[], None]]:
+        """Be the one who may move the aliases. Raises EnvironmentFault if somebody else is at it.
+
+        What it gives is for just before they are moved: it raises EnvironmentFault if the lock was lost meanwhile.
+        """
         mine = _Held(uuid.uuid4().hex, 0)
         self._wait_for(self._read())
         self._write(mine)
         time.sleep(_SETTLE_SECONDS)  # of two who take it at the same time, the one who wrote last has it
-        self._check(mine)
+        self._check(mine, "began at the same moment")
         ended = threading.Event()
 
         def renew() -> None:
@@ -163,7 +166,7 @@ class Champions:
         thread = threading.Thread(target=renew, name="promotion-lock", daemon=True)
         thread.start()
         try:
-            yield
+            yield lambda: self._check(mine, "took over")
         finally:
             ended.set()
             thread.join()
@@ -172,11 +175,6 @@ class Champions:
                 if now is not None and now.token == mine.token:
                     with refusals(self._uri, "does not drop the lock", fix=_REFUSED):
                         self._client.delete_registered_model_tag(self.name, _LOCK)
-
-    def still_locked(self) -> None:
-        """For who holds the lock, before the aliases are moved. Raises EnvironmentFault if it was lost meanwhile."""
-        if self._read() is None:
-            raise EnvironmentFault(f"the lock on {self.name} was lost", fix="Run the same command again.")
 
     def _wait_for(self, held: _Held | None) -> None:
         """Until the lock is free, or its holder has not renewed it for a while."""
@@ -194,11 +192,11 @@ class Champions:
                     fix="Wait for it, then run the same command again.",
                 )
 
-    def _check(self, mine: _Held) -> None:
+    def _check(self, mine: _Held, how: str) -> None:
         now = self._read()
         if now is None or now.token != mine.token:
             raise EnvironmentFault(
-                f"another promotion of {self.name} began at the same moment",
+                f"another promotion of {self.name} {how}",
                 fix="Wait for it, then run the same command again.",
             )
 

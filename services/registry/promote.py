@@ -42,7 +42,7 @@ def promote(promotion: Promotion, margins: Margins, *, dry_run: bool = False) ->
     if another promotion is under way.
     """
     champions = Champions(promotion.tracking_uri, promotion.name)
-    with champions.lock():
+    with champions.lock() as still_mine:
         challenger = _challenger(champions, promotion)
         champion = champions.by_alias(CHAMPION)
         if champion is not None and champion.version == challenger.version:
@@ -72,7 +72,7 @@ def promote(promotion: Promotion, margins: Margins, *, dry_run: bool = False) ->
         if dry_run:
             return decision, "not kept: a dry run"
         if decision.promoted:
-            champions.still_locked()
+            still_mine()
             champions.promote(challenger, champion)
         place = champions.record(decision, challenger, content)
     return decision, place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import tempfile
@@ -145,16 +146,17 @@ def download(address: str, tracking_uri: str | None = None) -> Path:
         ) from error
     for found in sorted(path.rglob(CONFIG)):
         if (found.parent / WEIGHTS).is_file():
-            _check_weights(found.parent / WEIGHTS, meant, address)
+            _check_weights(found.parent, meant, address)
             return found.parent
     raise DataError(f"{address} is not a model of flam: it holds no {WEIGHTS}", fix="Choose a flam-* model.")
 
 
-def _check_weights(weights: Path, meant: str | None, address: str) -> None:
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if meant is not None and digest != meant:
+def _check_weights(folder: Path, meant: str | None, address: str) -> None:
+    """By what its config says of them; that they are so, `flam_core.load` looks at."""
+    written = json.loads((folder / CONFIG).read_text()).get("weights_sha256")
+    if meant is not None and written != meant:
         raise DataError(
-            f"the weights of {address} are not those that were registered: their sha256 is {digest[:12]}..., the "
+            f"the weights of {address} are not those that were registered: their sha256 is {str(written)[:12]}..., the "
             f"version's tag says {meant[:12]}...",
             fix="Somebody replaced the artifact: register the model anew, or roll back.",
         )

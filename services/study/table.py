@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ import matplotlib.pyplot as plt
 
 from flam_core.evaluation.stats import over_seeds
 from services.study.plan import Cell, StudySettings
+from services.training.lineage import hardware
 
 Result = tuple[Cell, dict[str, Any]]
 _SPREAD = {
@@ -191,15 +191,8 @@ def _plot_models(rows: list[dict[str, Any]], place: Path) -> None:
     plt.close(figure)
 
 
-def hardware(settings: StudySettings) -> str:
+def describe_hardware(settings: StudySettings) -> str:
     """What a training ran on, in words."""
-    model = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "CPU")
     tasks = f"{settings.tasks} trainings at a time with {settings.threads} thread(s) each"
-    if settings.gpus:
-        return f"{torch.cuda.get_device_name()}, {settings.gpus:g} GPU a training; {tasks}"
-    return f"{os.cpu_count()} cores of {model}; {tasks}"
-
-
-def _cpuinfo() -> list[str]:
-    place = Path("/proc/cpuinfo")
-    return place.read_text().splitlines() if place.exists() else []
+    share = f", {settings.gpus:g} GPU a training" if settings.gpus else ""
+    return f"{hardware(torch.device('cuda' if settings.gpus else 'cpu'))}{share}; {tasks}"

@@ -6,6 +6,7 @@ newest step that both were measured at, never their middle with another's end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -77,21 +78,21 @@ def summaries(found: Mapping[str, Any]) -> list[PointSummary]:
     for values, rows in groups.items():
         ended = [row for row in rows if row["stopped_by"] is None]
         keys = sorted(set.intersection(*(set(row["metrics"]) for row in ended))) if ended else []
-        stopped: dict[str, int] = {}
-        for row in rows:
-            if row["stopped_by"]:
-                why = row["stopped_by"].partition(":")[0]
-                stopped[why] = stopped.get(why, 0) + 1
         made.append(
             PointSummary(
                 dict(zip(SETTINGS, values, strict=True)),
                 {key: over_seeds([row["metrics"][key] for row in ended]) for key in keys},
                 len(ended),
-                stopped,
+                reasons(rows),
                 mean(row["seconds"] for row in rows),
             )
         )
     return made
+
+
+def reasons(rows: Sequence[Row]) -> Counter[str]:
+    """What stopped how many of the trials."""
+    return Counter(row["stopped_by"].partition(":")[0] for row in rows if row["stopped_by"])
 
 
 def best(points: Sequence[PointSummary], metric: str) -> PointSummary | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from flam_core.evaluation.pictures import png
 from services.sweep.analysis import PointSummary, label, pareto, summaries
 
 _MARKS = "os^DvP*X"
@@ -50,7 +49,7 @@ def surface_png(found: Mapping[str, Any]) -> bytes:
     axes[0].set_ylabel("codebook")
     if image is not None:
         figure.colorbar(image, ax=list(axes), label=goal["title"])
-    return _png(figure)
+    return png(figure)
 
 
 def pareto_png(found: Mapping[str, Any]) -> bytes:
@@ -82,7 +81,7 @@ def pareto_png(found: Mapping[str, Any]) -> bytes:
         axis.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def parallel_png(found: Mapping[str, Any]) -> bytes:
@@ -116,7 +115,7 @@ def parallel_png(found: Mapping[str, Any]) -> bytes:
         axis.plot(range(len(columns)), line, color=colour, alpha=0.8, linestyle="-" if not row["stopped_by"] else ":")
     axis.set(xlim=(-0.3, len(columns) - 0.4), ylim=(-0.08, 1.08))
     axis.axis("off")
-    return _png(figure)
+    return png(figure)
 
 
 def curves_png(found: Mapping[str, Any]) -> bytes:
@@ -146,7 +145,7 @@ def curves_png(found: Mapping[str, Any]) -> bytes:
     axis.set(xlabel="steps", ylabel=f"{goal['title']} (split val)")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def costs_png(found: Mapping[str, Any]) -> bytes:
@@ -165,7 +164,7 @@ def costs_png(found: Mapping[str, Any]) -> bytes:
     axis.tick_params(labelsize=8)
     axis.set_xlabel("minutes")
     _room_at_right(axis)
-    return _png(figure)
+    return png(figure)
 
 
 def _room_at_right(axis: Axes) -> None:
@@ -193,10 +192,3 @@ def _ticks(values: Sequence[Any]) -> dict[Any, float]:
 def _between(value: float, values: Sequence[float]) -> float:
     low, high = min(values), max(values)
     return 0.5 if high == low else (value - low) / (high - low)
-
-
-def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()

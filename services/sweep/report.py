@@ -18,6 +18,7 @@ from services.sweep.analysis import (
     differences,
     next_steps,
     pareto,
+    reasons,
     summaries,
     wanted_factors,
 )
@@ -117,12 +118,7 @@ def _verdict(found: Mapping[str, Any], points: Sequence[PointSummary]) -> list[s
     if top:
         value = _shown(top.estimates[goal["metric"]])
         said.append(f"Best: {top.label}, beta {top.settings['beta']:g}: {goal['title']} {value}.")
-    stopped: dict[str, int] = {}
-    for row in found["trials"]:
-        if row["stopped_by"]:
-            why = row["stopped_by"].partition(":")[0]
-            stopped[why] = stopped.get(why, 0) + 1
-    if stopped:
+    if stopped := reasons(found["trials"]):
         said.append("Stopped: " + ", ".join(f"{count} by {why}" for why, count in sorted(stopped.items())) + ".")
     return said or ["No trial came to its end."]
 

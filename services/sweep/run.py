@@ -37,6 +37,7 @@ from services.sweep.trials import Trial
 from services.tracking.run import TrackedRun, open_run
 from services.tracking.server import RunInfo, check_server, default_tracking_uri
 from services.training.cluster import FEED_CPUS, connect
+from services.training.data import parse_data
 from services.training.elastic import parse_workers
 from services.training.lineage import git_commit
 from services.training.prepare import at_home, home
@@ -111,7 +112,6 @@ def _run_trials(sweep: Sweep, parent: RunInfo, at_a_time: int, show: Show, lease
     storage = sweep.settings.optuna or f"sqlite:///{home() / 'optuna.db'}"
     study = open_study(storage, sweep.name, sweep.settings, sweep.space, sweep.base, sweep.goals)
     address = ray.get_runtime_context().gcs_address
-    known = [record for trial in sweep.trials if (record := sweep.record(trial)) is not None]
 
     def say() -> None:
         lease.renew_if_due()
@@ -126,12 +126,12 @@ def _run_trials(sweep: Sweep, parent: RunInfo, at_a_time: int, show: Show, lease
         return {"trial": trial.name, "sweep": sweep.folder.uri}
 
     steps = sweep.base.flam_stage.steps
-    asha = scheduler(sweep.settings, steps, sweep.goals[0].metric, known)
     recorder = Recorder(sweep.folder, sweep.storage, steps, say)
-    recorder.stopped = asha.stopped
     search = StudySearch(
         study, sweep.settings, sweep.space, sweep.base, sweep.goals, sweep.record, make, recorder.ended
     )
+    asha = scheduler(sweep.settings, steps, sweep.goals[0].metric, search.records.values())
+    recorder.stopped = asha.stopped
     _quiet_tune()
     tuner = tune.Tuner(
         tune.with_resources(TrialActor, {"cpu": _ACTOR_CPUS}),
@@ -175,7 +175,7 @@ def _child_settings(
         threads = max(1, (os.cpu_count() or 1) // (at_a_time * parse_workers(training.workers).most))
     return replace(
         training,
-        data=",".join(_at_home(part) for part in training.data.split(",")),
+        data=",".join(f"{at_home(place)}@{weight:g}" for place, weight in parse_data(training.data)),
         storage=sweep.storage.uri,
         tracking=parent.tracking_uri,
         address=address,
@@ -186,11 +186,6 @@ def _child_settings(
         verify=False,  # the sweep has, once for all
         feed_cpus=training.feed_cpus or _feed_cpus(sweep, at_a_time),
     )
-
-
-def _at_home(part: str) -> str:
-    place, at, weight = part.rpartition("@")
-    return f"{at_home(place)}@{weight}" if at else at_home(part)
 
 
 def _feed_cpus(sweep: Sweep, at_a_time: int) -> float:

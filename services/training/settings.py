@@ -102,6 +102,14 @@ class TrainSettings:
             raise SettingsError(f"feed_cpus = {self.feed_cpus}", fix="Use a number above 0, or 0 for all.")
 
 
+def take_recipe(words: list[str], job: str) -> str:
+    """Take the recipe's name off the front of a command line; without one it is `tiny`. Raises SettingsError where it
+    is given as a flag, which would change its name and nothing else."""
+    if any(word.partition("=")[0] == "--recipe" for word in words):
+        raise SettingsError("--recipe is not a flag", fix=f"Give the recipe as the first word: {job} tiny ...")
+    return words.pop(0) if words and not words[0].startswith("-") else "tiny"
+
+
 def settle(config: Config, settings: TrainSettings, sources: tuple[FeedSource, ...]) -> tuple[Config, bytes | None]:
     """The config with its variant and its tokenizer worked in, and the weights of a tokenizer that is given.
 

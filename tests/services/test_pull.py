@@ -18,7 +18,7 @@ from flam_core.recipes import get_recipe
 from flam_core.saved_model import WEIGHTS, save_model
 from services.registry import register
 from services.tracking.run import open_run
-from tests.services.conftest import environment, running_mlflow, said, sha256, storage_environment
+from tests.services.conftest import REPOSITORY, environment, running_mlflow, said, sha256, storage_environment
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +52,8 @@ import sys
 import mlflow, numpy as np
 model = mlflow.pyfunc.load_model(sys.argv[1])
 frames = np.random.default_rng(0).integers(0, 256, (2, 4, 48, 48, 3), dtype=np.uint8)
+import flam_core
+print("code", flam_core.__file__)
 plain = model.predict(frames)
 print("predict", plain.dtype, plain.shape)
 actions = model.predict(frames, params={"mode": "infer"})
@@ -156,6 +158,8 @@ def test_any_mlflow_client_infers_edits_and_imagines(closed: Shelf, tmp_path: Pa
     assert done.returncode == 0, said(done)
     config = get_recipe("smoke").model
     lines = done.stdout.splitlines()
+    (code,) = [line for line in lines if line.startswith("code ")]
+    assert str(REPOSITORY) not in code  # it is the version's own
     assert "predict uint8 (2, 3, 48, 48, 3)" in lines
     assert f"infer float32 (2, 3, {config.factors}, {config.action_dim})" in lines
     assert "edit uint8 (2, 3, 48, 48, 3) True" in lines
