@@ -126,6 +126,11 @@ class ModelConfig:
     true_actions: tuple[int, int, int] | None = None
     """Of latent "true": entities, numbers of an entity's action, and kinds of a discrete action (0: the numbers are
     values)."""
+    action_form: Literal["free", "displacement"] = "free"
+    """What a slot's latent action is read from. "free": attention over the current slots, then over the slot's own track
+    (the paper). "displacement": the way from the slot's value to its next one in a learned space. Steps then add up as
+    moves do, so that what an entity does is said alike wherever it is, and not as the place that it comes to
+    (docs/devlog.md)."""
     latent_width: int = 256
     """Total width of the latent actions, shared out evenly: latent_width / factors a slot."""
     initial_log_variance: float = -5.0
@@ -172,6 +177,11 @@ class ModelConfig:
             raise SettingsError(
                 "model.coupling and model.slot_time are about slots, and model.state is patches",
                 fix="Leave them at their defaults, or use model.state slots.",
+            )
+        if self.action_form == "displacement" and (self.state == "patches" or self.latent in ("none", "true")):
+            raise SettingsError(
+                f"model.action_form displacement with model.state {self.state} and model.latent {self.latent}",
+                fix="It is about slots with latent actions of their own: use model.action_form free.",
             )
         if (self.latent == "true") != (self.true_actions is not None):
             raise SettingsError(

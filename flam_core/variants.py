@@ -49,13 +49,13 @@ def grouped(config: Config) -> Config:
 
 def playslot(config: Config) -> Config:
     """Slots that are trained by reconstruction alone, and a code for each from its own two values (PlaySlot-type)."""
-    apart = _with(config, latent="vq", coupling="own", slot_training="apart")
+    apart = _with(config, latent="vq", coupling="own", slot_training="apart", action_form="free")
     return replace(apart, slot_hold=0.0, loss=replace(apart.loss, bridge=max(apart.loss.bridge, 1.0)))
 
 
 def slotformer(config: Config) -> Config:
     """Slots without any action (SlotFormer-type): what can be known of the future without being told."""
-    return _with(config, latent="none")
+    return _with(config, latent="none", action_form="free")
 
 
 def true_actions(config: Config, actions: TrueActions) -> Config:
@@ -143,6 +143,6 @@ def _with(config: Config, **model: object) -> Config:
 def _without_slots(config: Config, **changes: object) -> Config:
     """A rival without slots, as large as the FLAM of `config`."""
     target = dynamics_weights(config.model, config.tokenizer)
-    model = replace(config.model, state="patches", **changes)  # pyright: ignore[reportArgumentType] - by name
+    model = replace(config.model, state="patches", action_form="free", **changes)  # pyright: ignore[reportArgumentType] - by name
     model = equal_weights(model, config.tokenizer, target)
     return replace(config, model=model, loss=replace(config.loss, bridge=0.0, slot_prediction=0.0), slot_hold=0.0)

@@ -286,7 +286,7 @@ class Trainer:
             groups,
             lr=stage.learning_rate,
             weight_decay=stage.weight_decay,
-            fused=self.device.type == "cuda",
+            fused=True,  # one kernel for all weights: on a CPU a fourteenth of a tiny step
         )
         self._prepared_stage = self.stage
 

@@ -187,9 +187,11 @@ def small() -> Config:
     return replace(CONFIG, model=model, loss=loss, slot_hold=0.3)
 
 
+@pytest.mark.parametrize("form", ["free", "displacement"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_trains_by_the_same_loop_and_every_weight_gets_a_gradient(name: str) -> None:
-    settings = apply_variant(small(), name, GRID_ACTIONS)
+def test_every_variant_trains_by_the_same_loop_and_every_weight_gets_a_gradient(name: str, form: str) -> None:
+    base = replace(small(), model=replace(small().model, action_form=form))
+    settings = apply_variant(base, name, GRID_ACTIONS)
     assert settings.variant == name
     assert settings.model.latent_width == small().model.latent_width
     assert (settings.tokenizer, settings.flam_stage) == (small().tokenizer, small().flam_stage)
@@ -232,6 +234,8 @@ def test_an_unknown_variant_is_named_with_the_nearest() -> None:
         {"latent": "true", "true_actions": (3, 1, 5)},
         {"latent": "none", "state": "patches"},
         {"state": "patches", "coupling": "global"},
+        {"state": "patches", "action_form": "displacement"},
+        {"latent": "none", "action_form": "displacement"},
         {"codebook_decay": 1.0},
         {"codebook_revival": 1.0},
         {"prior_components": 0},
