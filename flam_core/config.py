@@ -34,6 +34,9 @@ class TokenizerConfig:
     """Weight of the mean squared distance of what is quantised from its levels. A patch that lies on the border of two
     levels becomes another by the slightest error, and a rollout loses it; from the middle of a level, errors are undone
     by quantising (evaluation.rollout frames)."""
+    chessboard: bool = False
+    """While stage 1 trains, draw every other patch, as on a chessboard, from what it was before it was quantised. Kinds of
+    patches that share a code by chance otherwise stay so, since nothing that is drawn tells them apart (docs/devlog.md)."""
     whitening: float | None = None
     """Bring all directions of feature space to like variance, with this share of the mean variance as a floor. Without
     it (None, the paper's form) the brightest entity dominates loss and attention, and the others do not bind."""

@@ -25,6 +25,7 @@ def tiny() -> Config:
             encoder="patches",
             feature_dim=32,
             commitment=0.01,
+            chessboard=True,
             whitening=1.0,
         ),
         model=ModelConfig(

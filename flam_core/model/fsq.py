@@ -27,10 +27,12 @@ class FSQ(nn.Module):
         shift = (offset / half).atanh()
         return (x + shift).tanh() * half - offset
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., L] -> [..., L] in [-1, 1], quantised."""
+    def forward(self, x: Tensor, left_alone: Tensor | None = None) -> Tensor:
+        """[..., L] -> [..., L] in [-1, 1], quantised but where bool [...] `left_alone` says that it is only bounded."""
         bounded = self.bound(x.float())
         rounded = bounded + (bounded.round() - bounded).detach()
+        if left_alone is not None:
+            rounded = torch.where(left_alone[..., None], bounded, rounded)
         return rounded / (self.levels // 2)
 
     def distance(self, x: Tensor) -> Tensor:

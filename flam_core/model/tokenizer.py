@@ -102,10 +102,15 @@ class Tokenizer(nn.Module):
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """What stage 1 trains: the reconstruction [N, 3, H, W] in [0, 1] of frames [N, 3, H, W] in [0, 1], and the mean
-        squared distance of what is quantised from its levels.
+        squared distance of what is quantised from its levels. With `config.chessboard` every other patch is drawn from
+        what is not quantised.
         """
         unquantised = self._to_quantise(self.encoder(frames * 2 - 1))
-        return self._draw(unquantised), self.fsq.distance(unquantised).mean()
+        left_alone = None
+        if self.config.chessboard:
+            side = torch.arange(self.config.grid, device=frames.device)
+            left_alone = (side[:, None] + side) % 2 == 0
+        return self._draw(unquantised, left_alone), self.fsq.distance(unquantised).mean()
 
     def encode(self, frames_u8: Tensor) -> Tensor:
         """Standardised features z float [..., P, C] of uint8 frames [..., H, W, 3]."""
@@ -131,9 +136,9 @@ class Tokenizer(nn.Module):
         """[N, h, w, L] of the encoder's own features [N, C, h, w]."""
         return rearrange(self.to_codes(features), "n l h w -> n h w l")
 
-    def _draw(self, unquantised: Tensor) -> Tensor:
-        """[N, 3, H, W] of what is quantised first, [N, h, w, L]."""
-        codes = self.fsq(unquantised)
+    def _draw(self, unquantised: Tensor, left_alone: Tensor | None = None) -> Tensor:
+        """[N, 3, H, W] of what is quantised first, [N, h, w, L], but for the patches bool [h, w] that are left alone."""
+        codes = self.fsq(unquantised, left_alone)
         return self.decoder(rearrange(codes, "n h w l -> n l h w").to(unquantised.dtype))
 
     @torch.no_grad()

@@ -143,6 +143,21 @@ def test_encode_then_decode_is_what_stage_1_trains(whitening: float | None) -> N
     assert torch.allclose(tokenizer.decode(tokenizer.encode(frames)), trained, atol=1e-6)
 
 
+def test_on_a_chessboard_every_other_patch_is_drawn_unquantised_while_training_and_all_are_quantised_later() -> None:
+    tokenizer = model(replace(TOKENIZER, chessboard=True)).tokenizer
+    given = torch.randn(2, 3, 3, len(TOKENIZER.fsq_levels), dtype=torch.float64)
+    seen: list[Tensor] = []
+    tokenizer.decoder.register_forward_pre_hook(lambda _module, codes: seen.append(codes[0].movedim(1, -1)))
+    tokenizer._to_quantise = lambda _features: given
+    tokenizer(torch.rand(2, 3, 24, 24, dtype=torch.float64))
+    left_alone = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
+    bounded = tokenizer.fsq.bound(given.float()) / (tokenizer.fsq.levels // 2)
+    assert torch.equal(seen[0], torch.where(left_alone[..., None], bounded, tokenizer.fsq(given)).double())
+    assert (seen[0] != tokenizer.fsq(given)).any(dim=-1).equal(left_alone.expand(2, 3, 3))
+    tokenizer.decode(torch.randn(2, 9, TOKENIZER.feature_dim, dtype=torch.float64))
+    assert torch.equal(seen[1], tokenizer.fsq(given).double())
+
+
 def test_a_patch_does_not_depend_on_the_other_frames() -> None:
     tokenizer, frames = model().tokenizer, pictures(2, 3)
     assert torch.allclose(tokenizer.encode(frames)[1, 2], tokenizer.encode(frames[1, 2]), atol=1e-12)
