@@ -35,8 +35,9 @@ class TokenizerConfig:
     levels becomes another by the slightest error, and a rollout loses it; from the middle of a level, errors are undone
     by quantising (evaluation.rollout frames)."""
     chessboard: bool = False
-    """While stage 1 trains, draw every other patch, as on a chessboard, from what it was before it was quantised. Kinds of
-    patches that share a code by chance otherwise stay so, since nothing that is drawn tells them apart (docs/devlog.md)."""
+    """While stage 1 trains, draw every other patch, as on a chessboard, from what it was before it was quantised. Kinds
+    of patches that share a code by chance otherwise stay so, since nothing that is drawn tells them apart
+    (docs/devlog.md)."""
     whitening: float | None = None
     """Bring all directions of feature space to like variance, with this share of the mean variance as a floor. Without
     it (None, the paper's form) the brightest entity dominates loss and attention, and the others do not bind."""
@@ -130,10 +131,10 @@ class ModelConfig:
     """Of latent "true": entities, numbers of an entity's action, and kinds of a discrete action (0: the numbers are
     values)."""
     action_form: Literal["free", "displacement"] = "free"
-    """What a slot's latent action is read from. "free": attention over the current slots, then over the slot's own track
-    (the paper). "displacement": the way from the slot's value to its next one in a learned space. Steps then add up as
-    moves do, so that what an entity does is said alike wherever it is, and not as the place that it comes to
-    (docs/devlog.md)."""
+    """What a slot's latent action is read from. "free": attention over the current slots, then over the slot's own
+    track (the paper). "displacement": the way from the slot's value to its next one in a learned space. Steps then add
+    up as moves do, so that what an entity does can be said alike wherever it is, and not as the place that it comes
+    to."""
     latent_width: int = 256
     """Total width of the latent actions, shared out evenly: latent_width / factors a slot."""
     initial_log_variance: float = -5.0

@@ -137,7 +137,7 @@ class Tokenizer(nn.Module):
         return rearrange(self.to_codes(features), "n l h w -> n h w l")
 
     def _draw(self, unquantised: Tensor, left_alone: Tensor | None = None) -> Tensor:
-        """[N, 3, H, W] of what is quantised first, [N, h, w, L], but for the patches bool [h, w] that are left alone."""
+        """[N, 3, H, W] of what is quantised first, [N, h, w, L], but for patches bool [h, w] that are left alone."""
         codes = self.fsq(unquantised, left_alone)
         return self.decoder(rearrange(codes, "n h w l -> n l h w").to(unquantised.dtype))
 
