@@ -9,10 +9,11 @@
     python jobs/ingest.py --lerobot ~/pusht --camera observation.image --fps 10 --out data/pusht
     python jobs/ingest.py --verify data/clips --max_bad_share 0.01
 
-Formats: docs/data.md. Worlds: grid, and with `make worlds` multigrid, bigfish, leaper, starpilot, driving. Files that
-cannot be used are named with the reason, here and in the data set's quarantine.json; the rest goes through. The codec
-is measured on the first clips, and the measurements shown, unless --codec names one. --verify reads all of a data set
-again and lists broken clips there too, so that training leaves them out; it ends with exit code 4 if they are too many.
+Formats: docs/data.md. Worlds: grid, goal, and with `make worlds` multigrid, bigfish, leaper, starpilot, driving. Files
+that cannot be used are named with the reason, here and in the data set's quarantine.json; the rest goes through. The
+codec is measured on the first clips, and the measurements shown, unless --codec names one. --verify reads all of a data
+set again and lists broken clips there too, so that training leaves them out; it ends with exit code 4 if they are too
+many.
 """
 
 from __future__ import annotations

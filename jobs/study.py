@@ -72,7 +72,7 @@ def main(arguments: Arguments) -> None:
         done = [results[one.name] for one in cells if one.name in results]
         about = {
             "command": shlex.join(["python", "jobs/study.py", *sys.argv[1:]]),
-            "hardware": describe_hardware(settings),
+            "hardware": describe_hardware(settings.tasks, settings.threads, settings.gpus),
             "trainings": f"{len(done)} of {len(cells)}",
             "hours_of_training": round(sum(one["seconds"] for _, one in done) / 3600, 2),
         }

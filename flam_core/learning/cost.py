@@ -1,7 +1,8 @@
-"""What a training step costs, by counting one."""
+"""What a training step costs: its FLOPs, by counting one, and its time here, by taking some."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from flam_core.config import Config
 from flam_core.flops import CountedForward, count_flops, training_flops
 from flam_core.learning.trainer import Trainer
+
+TIMED_STEPS = 3
 
 
 def step_flops(config: Config, stage: int, device: torch.device) -> float:
@@ -34,3 +37,24 @@ def step_flops(config: Config, stage: int, device: torch.device) -> float:
     frozen = count_flops(trainer.model.encode, frames)[1] if stage else 0
     whole = (config.tokenizer_stage, config.flam_stage)[stage]
     return training_flops(sum(one.flops for one in counted), frozen) * whole.batch_clips
+
+
+def step_seconds(config: Config, stage: int, threads: int) -> float:
+    """Of a step of stage 0 (tokenizer) or 1 (FLAM) on this machine's CPU with so many threads, on noise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = replace(config.tokenizer_stage, steps=1 + TIMED_STEPS if stage == 0 else 1)
+        trainer = Trainer(replace(config, tokenizer_sha256=None, tokenizer_stage=first), torch.device("cpu"))
+        trainer.step = stage
+        settings, size = (config.tokenizer_stage, config.flam_stage)[stage], config.tokenizer.frame_size
+        shape = (settings.batch_clips, settings.clip_frames, size, size, 3)
+        frames = torch.randint(0, 256, shape, dtype=torch.uint8)
+        ids = [str(i) for i in range(settings.batch_clips)]
+        trainer.train_step(frames, ids)
+        begun = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            trainer.train_step(frames, ids)
+        return (time.perf_counter() - begun) / TIMED_STEPS
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Built-in worlds: simulators that record episodes with ground truth. `grid` needs no package beyond NumPy.
+"""Built-in worlds: simulators that record episodes with ground truth. `grid` and `goal` need no package beyond NumPy.
 
 >>> world = make_world("grid", agents=2, cells=4, walls=0, frame_size=32)
 >>> next(world.episodes(count=1, frames=5, seed=0)).frames.shape
@@ -11,18 +11,20 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from flam_core.errors import EnvironmentFault, SettingsError
-from flam_core.worlds.base import Episode, World
+from flam_core.worlds.base import Episode, Game, PlayableWorld, World
 from flam_core.worlds.driving import DrivingWorld
+from flam_core.worlds.goal import GoalWorld
 from flam_core.worlds.grid import GridWorld
 from flam_core.worlds.multigrid import MultiGridWorld
 from flam_core.worlds.procgen import INSTALL, ProcgenWorld
 
-__all__ = ["WORLDS", "Episode", "World", "make_world"]
+__all__ = ["WORLDS", "Episode", "Game", "PlayableWorld", "World", "make_playable", "make_world"]
 
-WORLDS = ("grid", "multigrid", "bigfish", "leaper", "starpilot", "driving")
+WORLDS = ("grid", "goal", "multigrid", "bigfish", "leaper", "starpilot", "driving")
+PLAYABLE = ("goal", "bigfish", "starpilot")
 _NOT_OPTIONS = ("name", "licence", "game")  # what the name of the world already says
 
 
@@ -31,6 +33,8 @@ def make_world(name: str, **options: Any) -> World:
     kind: type[Any]
     if name == "grid":
         kind, package, fixed = GridWorld, "numpy", {}
+    elif name == "goal":
+        kind, package, fixed = GoalWorld, "numpy", {}
     elif name == "multigrid":
         kind, package, fixed = MultiGridWorld, "multigrid", {}
     elif name == "driving":
@@ -58,6 +62,13 @@ def make_world(name: str, **options: Any) -> World:
         fix = INSTALL if kind is ProcgenWorld else "Run: pip install 'flam[worlds]'"
         raise EnvironmentFault(f"{name}: the package {package} is not installed", fix=fix)
     return world
+
+
+def make_playable(name: str, **options: Any) -> PlayableWorld:
+    """As `make_world`, for the worlds whose player can be taken over. Raises SettingsError for another."""
+    if name in WORLDS and name not in PLAYABLE:
+        raise SettingsError(f"{name}: nobody plays in this world", fix=f"Choose one of {', '.join(PLAYABLE)}.")
+    return cast(PlayableWorld, make_world(name, **options))
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

@@ -52,3 +52,37 @@ class World(Protocol):
     def episodes(self, count: int, frames: int, seed: int) -> Iterator[Episode]:
         """Yield `count` episodes of at most `frames` frames each (a world may end an episode earlier)."""
         ...
+
+
+class Game(Protocol):
+    """An episode that somebody plays: `frame`, then `act`, until an act ends it."""
+
+    def frame(self) -> np.ndarray:
+        """What is seen now, uint8 [H, W, 3]."""
+        ...
+
+    def act(self, action: int) -> tuple[float, bool]:
+        """What the action earned, and whether that was the end."""
+        ...
+
+    def expert(self) -> int:
+        """What the scripted expert, who knows more than the picture, would do now. Asking changes nothing."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the simulator holds."""
+        ...
+
+
+class PlayableWorld(World, Protocol):
+    """A world with a player that can be taken over, and rewards."""
+
+    @property
+    def choices(self) -> int:
+        """Actions of the player (entity 0): 0 to choices - 1."""
+        ...
+
+    def play(self, seed: tuple[int, ...], *, held_out: bool = False) -> Game:
+        """A game at its first frame. Equal seeds and equal actions give equal games; levels of `held_out` games are
+        none of those that `episodes` records."""
+        ...

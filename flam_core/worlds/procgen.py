@@ -18,12 +18,14 @@ import numpy as np
 
 from flam_core.errors import EnvironmentFault, SettingsError
 from flam_core.worlds.base import Episode
+from flam_core.worlds.procgen_expert import EXPERTS, expert_action
 
 GAMES = ("bigfish", "leaper", "starpilot")
 # Both packages ask for numpy < 2 and run with numpy 2: an extra cannot hold them, so they are installed on their own.
 INSTALL = "Run: pip install 'flam[worlds]' && pip install --no-deps procgen2==0.10.7 gym3==0.3.3"
 FRAME_SIZES = (64, 128, 256, 512)
 DIFFICULTIES = ("easy", "hard")
+POLICIES = ("random", "expert")
 _CHOICES = {"bigfish": 9, "leaper": 9, "starpilot": 10}  # the eight directions and none; starpilot's tenth fires
 _DECORATION = {"bigfish": (), "leaper": (5,), "starpilot": (54,)}  # types: finish line; explosions
 _PLAYER = 0  # the player's type, in each of the three games
@@ -34,16 +36,19 @@ _EDGE = 0.12  # share of the frame: the player keeps this far from the edges, or
 # Fields of an entity in the serialised state. Those before the type are float32 in cells, y upwards.
 _FIELDS, _X, _Y, _VX, _VY, _HALF_WIDTH, _HALF_HEIGHT, _TYPE, _AGE = 31, 0, 1, 2, 3, 4, 5, 6, 18
 _WORDS_BEFORE_RNG, _WORDS_AFTER_RNG = 18, 15
+_LEVELS = 2**30 - 1
 
 
 @dataclass(frozen=True)
 class ProcgenWorld:
     """One Procgen game, each episode a level of its own, seen whole (the camera of these three games stands still).
 
-    Policy: random with persistence. The player holds a combination of keys and with probability 1 - `persistence`
-    draws another, uniformly from the eight directions and none (starpilot: or fire), so that it crosses the picture.
-    Directions that lead off an edge nearby are not drawn and not held: the player would spend most of an episode
-    pressed against the edges (a grown bigfish is caught there for good).
+    Policy "expert" (bigfish, starpilot): the scripted one of `procgen_expert`, on levels of even number; those of odd
+    number are for `play(..., held_out=True)`. Policy "random": random with persistence. The player holds a combination
+    of keys and with probability 1 - `persistence` draws another, uniformly from the eight directions and none
+    (starpilot: or fire), so that it crosses the picture. Directions that lead off an edge nearby are not drawn and not
+    held: the player would spend most of an episode pressed against the edges (a grown bigfish is caught there for
+    good).
 
     Entity 0 is the player and `actions[t, 0, 0]` is its action as Procgen numbers it (0-8 the directions, 4 none,
     9 fire); the game moves all others, whose actions are NaN. Another entity takes the lowest free slot when its
@@ -66,8 +71,12 @@ class ProcgenWorld:
     """Procgen's distribution of levels: easy or hard."""
     backgrounds: bool = True
     """Draw the games' pictures behind the entities; else black."""
+    policy: str = "random"
+    """Of the player in `episodes`: random, or for bigfish and starpilot expert."""
     persistence: float = 0.85
-    """Probability that the player keeps its action for another frame."""
+    """Probability that the random player keeps its action for another frame."""
+    noise: float = 0.05
+    """Probability that the expert does something drawn at random instead, so that its data show the way back."""
     fps: float = 15.0
     name: str = field(init=False)
     licence: str = "MIT"
@@ -78,26 +87,46 @@ class ProcgenWorld:
             ("game", self.game, GAMES),
             ("frame_size", self.frame_size, FRAME_SIZES),
             ("difficulty", self.difficulty, DIFFICULTIES),
+            ("policy", self.policy, POLICIES if self.game in EXPERTS else POLICIES[:1]),
         ):
             if value not in allowed:
                 raise SettingsError(f"procgen: {setting} = {value!r}", fix=f"Choose one of {allowed}.")
         if self.entities < 1:
             raise SettingsError(f"procgen: entities = {self.entities}", fix="Choose at least 1: the player.")
-        if not 0.0 <= self.persistence <= 1.0:
-            raise SettingsError(f"procgen: persistence = {self.persistence}", fix="It is a probability: choose 0 to 1.")
+        for setting in ("persistence", "noise"):
+            if not 0.0 <= (chance := getattr(self, setting)) <= 1.0:
+                raise SettingsError(f"procgen: {setting} = {chance}", fix="It is a probability: choose 0 to 1.")
+
+    @property
+    def choices(self) -> int:
+        """Actions of the player: 0 to choices - 1, as Procgen numbers them."""
+        return _CHOICES[self.game]
+
+    def play(self, seed: tuple[int, ...], *, held_out: bool = False) -> ProcgenGame:
+        """A game at its first frame. Equal seeds and equal actions give equal games.
+
+        Raises SettingsError for leaper.
+        """
+        if self.game not in EXPERTS:
+            raise SettingsError(f"procgen: nobody plays {self.game}", fix=f"Choose one of {EXPERTS}.")
+        level = 2 * int(np.random.default_rng((*seed, 3)).integers(_LEVELS)) + held_out
+        return ProcgenGame(self, self._open(0, level))
 
     def episodes(self, count: int, frames: int, seed: int) -> Iterator[Episode]:
         """Yield `count` episodes of 1 to `frames` frames. Episode e depends on (seed, e) only."""
         for e in range(count):
             rng = np.random.default_rng((seed, e))
-            game = self._open(int(rng.integers(2**31 - 1)))
+            seeds = int(rng.integers(2**31 - 1)), None
+            if self.policy == "expert":
+                seeds = 0, 2 * int(rng.integers(_LEVELS))
+            game = self._open(*seeds)
             try:
                 yield self._record(game, frames, rng)
             finally:
                 game.close()
 
-    def _open(self, seed: int) -> Any:
-        """A running game at the first frame of a level."""
+    def _open(self, seed: int, level: int | None = None) -> Any:
+        """A running game at the first frame of a level: of that number, or of one that the seed draws."""
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # the old gym it needs prints that it is unmaintained
                 procgen = import_module("procgen")
@@ -107,6 +136,8 @@ class ProcgenWorld:
             num=1,
             env_name=self.game,
             rand_seed=seed,
+            start_level=level or 0,
+            num_levels=0 if level is None else 1,
             num_threads=0,
             distribution_mode=self.difficulty,
             use_backgrounds=self.backgrounds,
@@ -124,10 +155,9 @@ class ProcgenWorld:
         action, length = np.zeros(1, dtype=np.int32), 0
         for t in range(frames):
             pictures[t] = self._picture(game)
-            slots.see(read_entities(game.get_state()[0], self.game), positions[t])
-            sensible = [a for a in range(_CHOICES[self.game]) if not _leaves(a, positions[t, 0])]
-            if t == 0 or action[0] not in sensible or rng.random() >= self.persistence:
-                action[0] = rng.choice(sensible)
+            entities = read_entities(game.get_state()[0], self.game)
+            slots.see(entities, positions[t])
+            action[0] = self._choose(entities, positions[t, 0], action[0] if t else None, rng)
             actions[t, 0, 0] = action[0]
             game.act(action)
             reward, _, first = game.observe()
@@ -135,6 +165,17 @@ class ProcgenWorld:
             if first[0]:  # what is seen now is the next level
                 break
         return Episode(pictures[:length], actions[:length], positions[:length], rewards[:length])
+
+    def _choose(
+        self, entities: tuple[np.ndarray, float], position: np.ndarray, last: int | None, rng: np.random.Generator
+    ) -> int:
+        """The recorded player's next action; `last` is the one before."""
+        if self.policy == "expert":
+            return int(rng.integers(self.choices)) if rng.random() < self.noise else ask_expert(self.game, entities)
+        sensible = [a for a in range(self.choices) if not _leaves(a, position)]
+        if last is None or last not in sensible or rng.random() >= self.persistence:
+            return int(rng.choice(sensible))
+        return last
 
     def _picture(self, game: Any) -> np.ndarray:
         """The frame uint8 [H, W, 3] that the game shows."""
@@ -145,6 +186,37 @@ class ProcgenWorld:
             return large
         rows = large.reshape(self.frame_size, block, self.frame_size, block, 3).sum(axis=(1, 3), dtype=np.uint32)
         return (rows // block**2).astype(np.uint8)
+
+
+class ProcgenGame:
+    """One level that somebody plays."""
+
+    def __init__(self, world: ProcgenWorld, game: Any) -> None:
+        self.world, self._game = world, game
+
+    def frame(self) -> np.ndarray:
+        """What is seen now, uint8 [H, W, 3]."""
+        return self.world._picture(self._game)
+
+    def act(self, action: int) -> tuple[float, bool]:
+        """What the action earned, and whether that was the end: the player died, or won."""
+        self._game.act(np.array([action], dtype=np.int32))
+        reward, _, first = self._game.observe()
+        return float(reward[0]), bool(first[0])
+
+    def expert(self) -> int:
+        """What the scripted expert would do now."""
+        return ask_expert(self.world.game, read_entities(self._game.get_state()[0], self.world.game))
+
+    def close(self) -> None:
+        """End the simulator."""
+        self._game.close()
+
+
+def ask_expert(game: str, entities: tuple[np.ndarray, float]) -> int:
+    """The scripted expert's action, given what `read_entities` found."""
+    words, side = entities
+    return expert_action(game, words[:, _TYPE], words.view("<f4")[:, :_TYPE].astype(np.float64), side)
 
 
 def _leaves(action: int, position: np.ndarray) -> bool:

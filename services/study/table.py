@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from flam_core.evaluation.stats import over_seeds
-from services.study.plan import Cell, StudySettings
+from services.study.plan import Cell
 from services.training.lineage import hardware
 
 Result = tuple[Cell, dict[str, Any]]
@@ -191,8 +191,8 @@ def _plot_models(rows: list[dict[str, Any]], place: Path) -> None:
     plt.close(figure)
 
 
-def describe_hardware(settings: StudySettings) -> str:
-    """What a training ran on, in words."""
-    tasks = f"{settings.tasks} trainings at a time with {settings.threads} thread(s) each"
-    share = f", {settings.gpus:g} GPU a training" if settings.gpus else ""
-    return f"{hardware(torch.device('cuda' if settings.gpus else 'cpu'))}{share}; {tasks}"
+def describe_hardware(tasks: int, threads: int, gpus: float) -> str:
+    """What trainings ran on, in words."""
+    at_a_time = f"{tasks} trainings at a time with {threads} thread(s) each"
+    share = f", {gpus:g} GPU a training" if gpus else ""
+    return f"{hardware(torch.device('cuda' if gpus else 'cpu'))}{share}; {at_a_time}"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from flam_core.config import Config
-from flam_core.learning.cost import step_flops
-from flam_core.learning.trainer import Trainer
+from flam_core.learning.cost import TIMED_STEPS, step_flops, step_seconds
 from flam_core.variants import dynamics_weights
 from services.console import table
 from services.sweep.prepare import Sweep
@@ -18,8 +16,6 @@ from services.sweep.run import local_room
 from services.sweep.space import Point
 from services.sweep.trials import Record
 
-_STEPS = 3
-"""That are timed."""
 _TOO_SLOW_FLOPS = 2e12
 """Of a step, above which this machine's CPU is not what the sweep will run on, nor worth timing."""
 
@@ -77,28 +73,8 @@ def _left(sweep: Sweep, costs: dict[Point, Cost], records: list[Record | None]) 
         least = min(costs, key=lambda point: costs[point].flops)
         if not here or costs[least].flops > _TOO_SLOW_FLOPS:
             return f"{to_do} trials; how long they take is not known before one is done on that hardware"
-        timed = _seconds(least.config(sweep.base, sweep.base.seed), max(1, (os.cpu_count() or 1) // at_a_time))
+        timed = step_seconds(least.config(sweep.base, sweep.base.seed), 1, max(1, (os.cpu_count() or 1) // at_a_time))
         seconds = timed * mean / costs[least].flops * steps
-        how = f"by {_STEPS} steps on this machine: {timed:.2f} s each with {costs[least].flops / 1e9:.1f} GFLOP"
+        how = f"by {TIMED_STEPS} steps on this machine: {timed:.2f} s each with {costs[least].flops / 1e9:.1f} GFLOP"
     hours = to_do * seconds / at_a_time / 3600
     return f"{to_do} trials, {at_a_time} at a time, {seconds / 60:.0f} min each: about {hours:.1f} h, {how}"
-
-
-def _seconds(config: Config, threads: int) -> float:
-    """Of a step of stage 2, on noise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        alone = replace(config, tokenizer_stage=replace(config.tokenizer_stage, steps=1))
-        trainer = Trainer(alone, torch.device("cpu"))
-        trainer.step = 1
-        stage, size = config.flam_stage, config.tokenizer.frame_size
-        frames = torch.randint(0, 256, (stage.batch_clips, stage.clip_frames, size, size, 3), dtype=torch.uint8)
-        ids = [str(i) for i in range(stage.batch_clips)]
-        trainer.train_step(frames, ids)
-        begun = time.perf_counter()
-        for _ in range(_STEPS):
-            trainer.train_step(frames, ids)
-        return (time.perf_counter() - begun) / _STEPS
-    finally:
-        torch.set_num_threads(before)

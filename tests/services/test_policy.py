@@ -1,0 +1,80 @@
+"""The policy protocol: each cell is done once, a stopped run goes on, and the table says what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.services.conftest import environment, run_job, said
+
+pytestmark = pytest.mark.timeout(600)
+SIZES = ("--recipe", "smoke", "--tokenizer_steps", "8", "--steps", "8", "--episodes", "40", "--frames", "32")
+PLAY = ("--games", "4", "--seeds", "2", "--policy.steps", "20", "--policy.channels", "8", "16")
+POLICY = ["policy", *SIZES, *PLAY]
+
+
+@pytest.mark.slow
+def test_the_protocol_runs_goes_on_and_writes_its_table(tmp_path: Path) -> None:
+    env = environment()
+    first = run_job([*POLICY, "--labels", "100", "--methods", "flam", "random"], env, tmp_path)
+    assert first.returncode == 0, said(first)
+    folder = tmp_path / "outputs/policy"
+    before = {place: place.read_bytes() for place in (folder / "cells").iterdir()}
+    models = {place: place.stat().st_mtime_ns for place in folder.glob("models/*/model.safetensors")}
+    assert len(before) == 4
+    assert len(models) == 2  # one a seed
+    second = run_job([*POLICY, "--labels", "100", "300"], env, tmp_path)
+    assert second.returncode == 0, said(second)
+    assert "4 of 14 cells are done already" in second.stdout
+    after = {place: place.read_bytes() for place in (folder / "cells").iterdir()}
+    assert len(after) == 14
+    assert before.items() <= after.items()
+    assert models == {place: place.stat().st_mtime_ns for place in folder.glob("models/*/model.safetensors")}
+    assert len(list((folder / "data").iterdir())) == 1
+
+    rows = json.loads((tmp_path / "docs/results/policy.json").read_text())["rows"]
+    assert [(row["method"], row["labels"]) for row in rows] == [
+        *(("flam", 100), ("flam", 300), ("bc", 100), ("bc", 300)),
+        *(("bc-all", None), ("expert", None), ("random", None)),
+    ]
+    cells = [json.loads(text) for text in after.values()]
+    for row in rows:
+        mine = [c for c in cells if (c["method"], c["labels"]) == (row["method"], row["labels"])]
+        returns = [sum(cell["returns"]) / 4 for cell in mine]
+        assert row["env"] == "grid"
+        assert row["seeds"] == row["return"]["n"] == len(returns) == 2
+        assert row["return"]["mean"] == pytest.approx(sum(returns) / 2)
+        assert row["return"]["se"] == pytest.approx(abs(returns[0] - returns[1]) / 2)
+        assert (row["label_accuracy"] is None) == (row["method"] != "flam")
+    by_name = {(row["method"], row["labels"]): row for row in rows}
+    gain = by_name["flam", 300]["return"]["mean"] - by_name["bc", 300]["return"]["mean"]
+    assert by_name["flam", 300]["over_bc"]["mean"] == pytest.approx(gain)
+    assert by_name["expert", None]["return"]["mean"] > 4 * by_name["random", None]["return"]["mean"]
+    assert "| grid | 300 | flam | 2 |" in (tmp_path / "docs/results/policy.md").read_text()
+    assert (tmp_path / "docs/results/policy.png").read_bytes().startswith(b"\x89PNG")
+
+    model = next(iter(models)).parent
+    given = ["--model", str(model), "--labels", "100", "--methods", "flam", "--seeds", "1", "--out", "given"]
+    third = run_job([*POLICY, *given], env, tmp_path)
+    assert third.returncode == 0, said(third)
+    assert len(list(folder.glob("models/*"))) == 2  # none was trained
+    (row,) = json.loads((tmp_path / "given/policy.json").read_text())["rows"]
+    (cell,) = [c for c in cells if (c["method"], c["labels"], c["seed"]) == ("flam", 100, int(model.name[9]))][:1]
+    if cell["seed"] == 0:  # the same weights, labels and seed
+        assert row["return"]["mean"] == pytest.approx(cell["return"])
+
+
+def test_bad_input_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for words, expected in (
+        (["--envs", "maze"], "Choose of grid, bigfish, starpilot"),
+        (["--labels", "1000"], "1000 labels, but grid has at most 992"),
+        (["--labels", "100", "--walls", "20"], "goal: 20 walls"),
+    ):
+        done = run_job([*POLICY, *words], environment(), tmp_path)
+        assert done.returncode == 2, said(done)
+        assert expected in done.stderr
+    missing = run_job([*POLICY, "--labels", "100", "--model", "nowhere"], environment(), tmp_path)
+    assert missing.returncode == 4, said(missing)
+    assert not (tmp_path / "outputs").exists()
