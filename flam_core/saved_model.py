@@ -97,9 +97,7 @@ def _load(address: str | Path) -> Flam: ...
 def _load(address: str | Path, *, tokenizer_alone: bool) -> Flam | Tokenizer: ...
 def _load(address: str | Path, *, tokenizer_alone: bool = False) -> Flam | Tokenizer:
     """The model; with `tokenizer_alone` a tokenizer, where there is nothing else."""
-    folder = _folder(str(address))
-    if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
-        folder = folder / "model"  # a run's folder, which has a config.json of its own
+    folder = model_folder(address)
     config, weights = _read(folder, address)
     try:
         tokenizer = from_dict(TokenizerConfig, config.get("tokenizer"), "tokenizer")
@@ -141,6 +139,22 @@ def _read(folder: Path, address: str | Path) -> tuple[dict[str, Any], bytes]:
             fix="Get the model anew: the file is damaged, or belongs to another.",
         )
     return config, weights
+
+
+def model_folder(address: str | Path) -> Path:
+    """The local folder that `load` reads for an address: what lies beside the weights may be read there too.
+
+    A registered model is downloaded. Raises what `load` raises for an address that leads nowhere.
+    """
+    folder = _folder(str(address))
+    if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
+        return folder / "model"  # a run's folder, which has a config.json of its own
+    return folder
+
+
+def saved_sha256(folder: Path) -> str:
+    """sha256, in hex, of the weights in a model's folder, which `load` compares with them."""
+    return str(_read(folder, folder)[0]["weights_sha256"])
 
 
 def _folder(address: str) -> Path:

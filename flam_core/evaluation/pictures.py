@@ -46,18 +46,18 @@ def rollout_png(result: RolloutResult) -> bytes:
         rows.insert(1, ("truth through\nthe tokenizer", result.ceiling[clip]))
         rows.insert(4, ("prediction with\nanother clip's\nlatent actions", result.shuffled[clip]))
         films.append(rows)
-    columns = _columns(result.truth.shape[1])
+    columns = shown_columns(result.truth.shape[1])
     pitch = _row_height(result) + 0.08
     block = 0.6 + len(films[0]) * pitch
-    figure = _sheet(columns, len(films) * block + 0.5)
+    figure = sheet(columns, len(films) * block + 0.5)
     for clip, film in enumerate(films):
         for row, (label, frames) in enumerate(film):
-            axis = _strip(figure, clip * block + 0.6 + row * pitch, label, frames[columns])
+            axis = strip(figure, clip * block + 0.6 + row * pitch, label, frames[columns])
             if row == 0:
-                _name_columns(axis, result, columns)
+                name_columns(axis, columns, result.context, result.truth.shape[3])
                 axis.set_title(f"Held-out clip {clip + 1}", loc="left", fontsize=11, fontweight="bold")
     if result.masks is not None:
-        handles = [Patch(color=c, label=f"slot {k + 1}") for k, c in enumerate(_colours(result.masks.shape[2]))]
+        handles = [Patch(color=c, label=f"slot {k}") for k, c in enumerate(slot_colours(result.masks.shape[2]))]
         figure.legend(handles=handles, loc="lower center", ncols=min(8, len(handles)), fontsize=9, frameon=False)
     return png(figure)
 
@@ -65,17 +65,17 @@ def rollout_png(result: RolloutResult) -> bytes:
 def failures_png(result: RolloutResult) -> bytes:
     """Film strips of the clips that the model does worst on, up to CLIPS: truth, prediction, error."""
     clips = min(CLIPS, len(result.worst))
-    columns = _columns(result.worst_truth.shape[1])
+    columns = shown_columns(result.worst_truth.shape[1])
     pitch = _row_height(result) + 0.08
     block = 0.6 + 3 * pitch
-    figure = _sheet(columns, clips * block + 0.1)
+    figure = sheet(columns, clips * block + 0.1)
     for clip in range(clips):
         truth, prediction = result.worst_truth[clip], result.worst_prediction[clip]
         rows = [("truth", truth), ("prediction", prediction), _error_row(truth, prediction)]
         for row, (label, frames) in enumerate(rows):
-            axis = _strip(figure, clip * block + 0.6 + row * pitch, label, frames[columns])
+            axis = strip(figure, clip * block + 0.6 + row * pitch, label, frames[columns])
             if row == 0:
-                _name_columns(axis, result, columns)
+                name_columns(axis, columns, result.context, result.truth.shape[3])
                 number = result.worst[clip]
                 db = float(psnr(result.errors["rollout"][number].mean()))
                 axis.set_title(f"{result.ids[number]}: {db:.1f} dB", loc="left", fontsize=11, fontweight="bold")
@@ -114,11 +114,11 @@ def rollout_gif(result: RolloutResult) -> bytes:
 
 def reconstruction_png(frames: np.ndarray, drawn: np.ndarray) -> bytes:
     """True frames uint8 [N, H, W, 3] above those that the tokenizer gives back; up to COLUMNS of them."""
-    columns = _columns(len(frames))
+    columns = shown_columns(len(frames))
     pitch = _CELL * frames.shape[1] / frames.shape[2] + 0.08
-    figure = _sheet(columns, 2 * pitch + 0.1)
-    _strip(figure, 0.05, "truth", frames[columns])
-    _strip(figure, 0.05 + pitch, "truth through\nthe tokenizer", drawn[columns])
+    figure = sheet(columns, 2 * pitch + 0.1)
+    strip(figure, 0.05, "truth", frames[columns])
+    strip(figure, 0.05 + pitch, "truth through\nthe tokenizer", drawn[columns])
     return png(figure)
 
 
@@ -168,14 +168,14 @@ def slots_png(result: RolloutResult) -> bytes:
     if result.masks is None:
         raise ValueError("a model with one factor has no masks to draw")
     frames, masks = result.truth[0], result.masks[0]
-    columns = _columns(len(frames))
+    columns = shown_columns(len(frames))
     pitch = _row_height(result) + 0.08
-    figure = _sheet(columns, 0.35 + (masks.shape[1] + 1) * pitch + 0.75)
-    axis = _strip(figure, 0.35, "truth", frames[columns])
-    _name_columns(axis, result, columns)
-    for k, colour in enumerate(_colours(masks.shape[1])):
-        heat = _enlarge(masks[columns, k : k + 1], frames.shape[1:3])[:, 0]
-        axis = _strip(figure, 0.35 + (k + 1) * pitch, f"slot {k + 1}", heat)
+    figure = sheet(columns, 0.35 + (masks.shape[1] + 1) * pitch + 0.75)
+    axis = strip(figure, 0.35, "truth", frames[columns])
+    name_columns(axis, columns, result.context, result.truth.shape[3])
+    for k, colour in enumerate(slot_colours(masks.shape[1])):
+        heat = enlarge_masks(masks[columns, k : k + 1], frames.shape[1:3])[:, 0]
+        axis = strip(figure, 0.35 + (k + 1) * pitch, f"slot {k}", heat)
         axis.yaxis.label.set_color(colour)
     height = figure.get_figheight()
     bar = figure.add_axes((0.3, 0.5 / height, 0.4, 0.12 / height))
@@ -193,13 +193,24 @@ def _rows(result: RolloutResult, clip: int) -> list[tuple[str, np.ndarray]]:
     truth, prediction = result.truth[clip], result.prediction[clip]
     rows = [("truth", truth), ("prediction", prediction), _error_row(truth, prediction)]
     if result.masks is not None:
-        masks = _enlarge(result.masks[clip], truth.shape[1:3])
-        colours = np.array([to_rgb(c) for c in _colours(masks.shape[1])])
-        light = truth.mean(axis=-1, keepdims=True) / 255
-        # The frame shines through, so that one sees what a slot has claimed.
-        painted = 0.35 * light + 0.65 * np.einsum("tkhw,kc->thwc", masks, colours)
-        rows.append(("slots' masks\n(a colour each)", _bytes(painted)))
+        rows.append(("slots' masks\n(a colour each)", paint_masks(truth, result.masks[clip])))
     return rows
+
+
+def paint_masks(frames: np.ndarray, masks: np.ndarray, marked: int | None = None) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] in the colours of the slots whose masks, float32 [T, K, P], claim them; uint8 again.
+
+    marked: a slot that is to stand out; the others are grey then.
+    """
+    colours = np.array([to_rgb(c) for c in slot_colours(masks.shape[1])])
+    if marked is not None:
+        grey = np.full_like(colours, 0.75)
+        grey[marked] = colours[marked]
+        colours = grey
+    light = frames.mean(axis=-1, keepdims=True) / 255
+    # The frame shines through, so that one sees what a slot has claimed.
+    claimed = np.einsum("tkhw,kc->thwc", enlarge_masks(masks, frames.shape[1:3]), colours)
+    return _bytes(0.35 * light + 0.65 * claimed)
 
 
 def _error_row(truth: np.ndarray, prediction: np.ndarray) -> tuple[str, np.ndarray]:
@@ -209,7 +220,7 @@ def _error_row(truth: np.ndarray, prediction: np.ndarray) -> tuple[str, np.ndarr
     return f"|error| x {ERROR_GAIN}\n(black: none)", _bytes(heat)
 
 
-def _sheet(columns: np.ndarray, height: float) -> Figure:
+def sheet(columns: np.ndarray, height: float) -> Figure:
     """An empty figure for strips of so many frames; height in inches."""
     return Figure(figsize=(_LABEL + len(columns) * _CELL + 0.1, height), dpi=110)
 
@@ -219,7 +230,7 @@ def _row_height(result: RolloutResult) -> float:
     return _CELL * result.truth.shape[2] / result.truth.shape[3]
 
 
-def _strip(figure: Figure, top: float, label: str, frames: np.ndarray) -> Axes:
+def strip(figure: Figure, top: float, label: str, frames: np.ndarray) -> Axes:
     """Draw frames, uint8 [T, H, W, 3] or heat in [0, 1] [T, H, W], side by side, `top` inches below the upper edge."""
     space = [(0, 0)] * frames.ndim
     space[2] = (0, _gap(frames))
@@ -238,11 +249,10 @@ def _strip(figure: Figure, top: float, label: str, frames: np.ndarray) -> Axes:
     return axis
 
 
-def _name_columns(axis: Axes, result: RolloutResult, columns: np.ndarray) -> None:
-    """Say above a strip which step each frame is."""
-    names = ["given" if t < result.context else f"step {t - result.context + 1}" for t in columns]
-    width = result.truth.shape[3]
-    side = width + _gap(result.truth[0])
+def name_columns(axis: Axes, columns: np.ndarray, context: int, width: int) -> None:
+    """Say above a strip of frames, `width` pixels wide, which step each of them is; the first `context` are given."""
+    names = ["given" if t < context else f"step {t - context + 1}" for t in columns]
+    side = width + max(1, width // 16)
     axis.xaxis.tick_top()
     axis.set_xticks([i * side + width / 2 for i in range(len(columns))], names, fontsize=9)
 
@@ -252,19 +262,19 @@ def _gap(frames: np.ndarray) -> int:
     return max(1, frames.shape[2] // 16)
 
 
-def _columns(frames: int) -> np.ndarray:
+def shown_columns(frames: int) -> np.ndarray:
     """Which of so many frames to show."""
     return np.unique(np.linspace(0, frames - 1, min(frames, COLUMNS)).round().astype(int))
 
 
-def _enlarge(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def enlarge_masks(masks: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Masks [T, K, P] as pictures [T, K, H, W]."""
     grid = round(masks.shape[2] ** 0.5)
     square = masks.reshape(*masks.shape[:2], grid, grid)
     return square.repeat(size[0] // grid, axis=2).repeat(size[1] // grid, axis=3)
 
 
-def _colours(slots: int) -> list[str]:
+def slot_colours(slots: int) -> list[str]:
     """A colour a slot, as #rrggbb: ten strong ones, ten light ones, then the same again."""
     wheel = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
     return [to_hex(wheel[k % 20]) for k in range(slots)]

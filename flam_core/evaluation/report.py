@@ -54,14 +54,16 @@ def write_report(
     info: dict[str, str],
     notes: Sequence[str] = (),
     estimates: Mapping[str, Estimate] | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> Path:
     """Write metrics.json, intervals.json, rollout.png, rollout.gif, curves.png, failures.png, slots.png (if there are
     masks), horizon.png (if there is a horizon curve) and report.html.
 
     metrics: as in docs/metrics.md, finite. info: what was evaluated, shown as a table of settings. notes: remarks such
-    as why a metric is missing. estimates: the metrics with a spread; by default those of `result` alone. All text is
-    shown as it is, markup included. The folder is created; each file appears whole or not at all, report.html last.
-    Returns its path. Raises ValueError if a metric is not finite.
+    as why a metric is missing. estimates: the metrics with a spread; by default those of `result` alone. links: files
+    that lie beside the report, with what they are. All text is shown as it is, markup included. The folder is created;
+    each file appears whole or not at all, report.html last. Returns its path. Raises ValueError if a metric is not
+    finite.
     """
     spreads = {key: estimate.row for key, estimate in (result.estimates if estimates is None else estimates).items()}
     files = {
@@ -76,7 +78,7 @@ def write_report(
         files["slots.png"] = slots_png(result)
     if any(key.startswith("horizon/psnr@") for key in metrics):
         files["horizon.png"] = horizon_png(metrics)
-    files["report.html"] = _page(result, metrics, info, notes, files).encode()
+    files["report.html"] = _page(result, metrics, info, notes, files, links or {}).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name in set(_OPTIONAL) - set(files):
         (folder / name).unlink(missing_ok=True)  # of an earlier report
@@ -101,6 +103,7 @@ def _page(
     info: dict[str, str],
     notes: Sequence[str],
     files: dict[str, bytes],
+    links: Mapping[str, str],
 ) -> str:
     frames = "one true frame" if result.context == 1 else f"{result.context} true frames"
     sections = [
@@ -108,6 +111,7 @@ def _page(
         f'<p class="soft">{result.clips} held-out clips, each predicted {result.horizon} steps ahead from {frames}.'
         "</p>",
         f'<div class="box">{"".join(f"<p>{escape(line)}</p>" for line in verdict(result, metrics))}</div>',
+        "".join(f'<p><a href="{escape(file)}">{escape(what)}</a></p>' for file, what in links.items()),
         "".join(f'<p class="soft">Note: {escape(note)}</p>' for note in notes),
         "<h2>Headline numbers</h2>",
         _headline(result, metrics),
@@ -260,7 +264,7 @@ def _slot_table(metrics: dict[str, float]) -> str:
     rows = []
     for i in range(sum(re.fullmatch(r"slots/\d+/used", key) is not None for key in metrics)):
         entity = metrics.get(f"slots/{i}/entity")
-        cells = [f"{i + 1}", "none" if entity is None else f"{entity:.0f}"]
+        cells = [f"{i}", "none" if entity is None else f"{entity:.0f}"]
         for key, form in ((f"slots/{i}/effect_db", "{:.2f} dB"), (f"slots/{i}/moving_share", "{:.1%}")):
             cells.append(form.format(metrics[key]) if key in metrics else "not measured")
         cells.append("yes" if metrics[f"slots/{i}/used"] else "no")

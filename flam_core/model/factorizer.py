@@ -43,6 +43,10 @@ class Factorizer(nn.Module):
 
         A mask says how a patch is shared out: it sums to 1 over the slots.
         """
+        return self.look(z_btpc)[:2]
+
+    def look(self, z_btpc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, and the last iteration's weights [B, T, K, P]: what each slot reads; they sum to 1 over P."""
         b, t = z_btpc.shape[:2]
         x = self.features(z_btpc) + self.position()
         x = x + self.inputs(x)
@@ -50,28 +54,28 @@ class Factorizer(nn.Module):
         slots = self.initial.to(x.dtype).expand(b, t, -1, -1)
         if self.config.slot_time == "recurrent":
             return self._in_turn(slots[:, 0], keys, values)
-        masks = x
+        masks = weights = x
         for temporal in self.temporal:
-            slots, masks = self._iterate(slots, keys, values)
+            slots, masks, weights = self._iterate(slots, keys, values)
             slots = temporal(slots)
-        return slots, masks
+        return slots, masks, weights
 
-    def _in_turn(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_turn(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = []
         for t in range(keys.shape[1]):
-            masks = slots
+            masks = weights = slots
             for _ in range(self.config.iterations):
-                slots, masks = self._iterate(slots, keys[:, t], values[:, t])
-            found.append((slots, masks))
-        every_slots, every_masks = zip(*found, strict=True)
-        return torch.stack(every_slots, dim=1), torch.stack(every_masks, dim=1)
+                slots, masks, weights = self._iterate(slots, keys[:, t], values[:, t])
+            found.append((slots, masks, weights))
+        every_slots, every_masks, every_weights = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+        return every_slots, every_masks, every_weights
 
-    def _iterate(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """One iteration of slot attention on slots [..., K, D]: new slots, and masks [..., K, P]."""
+    def _iterate(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One iteration of slot attention on slots [..., K, D]: new slots, masks and weights, both [..., K, P]."""
         weights, masks = self._attend(self.to_query(self.slot_norm(slots)), keys)
         updates = weights.to(values.dtype) @ values
         slots = self.update(updates.flatten(0, -2), slots.flatten(0, -2).to(updates.dtype)).view_as(updates)
-        return slots + self.mlp(slots), masks
+        return slots + self.mlp(slots), masks, weights
 
     @torch.no_grad()
     def start_from(self, prototypes: Tensor) -> None:

@@ -134,6 +134,13 @@ class Flam(nn.Module):
         return self.dynamics.state(z)
 
     @torch.no_grad()
+    def look(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `slots`, and what each slot reads, [B, T, K, P]: weights over the patches, sharper than its mask."""
+        if isinstance(self.dynamics, Dynamics):
+            return self.dynamics.factorizer.look(z)
+        return (*self.dynamics.state(z), None)
+
+    @torch.no_grad()
     def infer_actions(self, slots: Tensor, true_actions: Tensor | None = None) -> Tensor:
         """Latent actions (posterior mean, or codes' vectors) [B, T - 1, K, A] of slots [B, T, K, D].
 

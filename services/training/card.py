@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from flam_core.evaluation.evaluate import Evaluation
 from flam_core.evaluation.image import psnr
 from flam_core.evaluation.stats import error_key
+from flam_core.steering.microscope import MICROSCOPE_FILE
 
 if TYPE_CHECKING:
     from services.training.prepare import Prepared
@@ -21,7 +22,7 @@ TAGGED = (
 
 
 def model_card(prepared: Prepared, measured: Evaluation, lineage: dict[str, str]) -> str:
-    """In Markdown; `rollout.png`, `failures.png` and, with slots, `slots.png` lie beside it."""
+    """In Markdown; `rollout.png`, `failures.png`, with slots `slots.png`, and `microscope.html` lie beside it."""
     config, manifest = prepared.config, prepared.manifest
     name = f"flam-{prepared.data_name}"
     return f"""# {name}
@@ -52,7 +53,7 @@ run's metrics.json has all of them):
 {_notes(measured)}
 ## What each factor seems to move
 
-{_factors(measured)}
+{_factors(measured)}{_microscope(prepared)}
 ## Where it fails
 
 The held-out clips that it predicts worst:
@@ -107,6 +108,12 @@ def _factors(measured: Evaluation) -> str:
         ]
         rows.append(f"| {i} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n\nEntities are numbered as in the data set's ground truth, where it has any.\n"
+
+
+def _microscope(prepared: Prepared) -> str:
+    if prepared.config.model.latent in ("none", "true"):
+        return ""
+    return f"\n[{MICROSCOPE_FILE}]({MICROSCOPE_FILE}) shows in films what each can be told to do.\n"
 
 
 def _cell(found: dict[str, float], key: str, shape: str) -> str:

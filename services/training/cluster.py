@@ -32,7 +32,7 @@ def connect(settings: TrainSettings) -> bool:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     try:
         if address:
-            _check_head(address)
+            check_head(address)
             ray.init(address=address, **common)
         else:
             most = parse_workers(settings.workers).most
@@ -49,7 +49,7 @@ def connect(settings: TrainSettings) -> bool:
     return True
 
 
-def _check_head(address: str) -> None:
+def check_head(address: str) -> None:
     """Raises EnvironmentFault if nothing listens at host:port, where Ray itself would go on trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():

@@ -21,6 +21,7 @@ from flam_core.learning.trainer import load_trained
 from flam_core.model import Flam
 from flam_core.model.tokenizer import Tokenizer
 from flam_core.saved_model import save_model, save_tokenizer
+from flam_core.steering.microscope import MICROSCOPE_FILE
 from services.registry import register
 from services.storage import write_bytes
 from services.tracking.run import TrackedRun
@@ -28,6 +29,7 @@ from services.tracking.server import RunInfo
 from services.training import checkpoints
 from services.training.broken import add_broken
 from services.training.card import TAGGED, model_card
+from services.training.explain import explain
 from services.training.held_out import clips_of, evaluate_on
 from services.training.job import KEPT_FOR_RESUME, Finished
 from services.training.lineage import git_commit, hardware, seconds_used
@@ -65,12 +67,16 @@ def finish(prepared: Prepared, tracking: RunInfo, outputs: Path) -> Finished:
         "latent action": f"{config.model.latent}, {config.model.action_dim} per factor",
         "seed": str(config.seed),
     }
-    write_report(outputs, measured.rollouts, measured.metrics, info, measured.notes, measured.estimates)
+    explained = explain(prepared, model, measured.metrics)
+    links = {} if explained is None else {MICROSCOPE_FILE: "The action microscope: what each slot can be told to do"}
+    write_report(outputs, measured.rollouts, measured.metrics, info, measured.notes, measured.estimates, links)
     lineage = _lineage(prepared, device)
     save_model(model.cpu(), outputs / "model", model_card(prepared, measured, lineage))
     for name in ("rollout.png", "failures.png", "slots.png"):  # the card shows them
         if (outputs / name).exists():
             shutil.copyfile(outputs / name, outputs / "model" / name)
+    if explained is not None:
+        explained.write(outputs)
     _publish(prepared, tracking, outputs, measured.metrics)
     address = None
     if prepared.settings.register:

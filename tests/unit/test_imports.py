@@ -20,6 +20,7 @@ HEAVY = ("sklearn", "torchmetrics", "matplotlib")
         pytest.param("services.training.elastic", ("torch", "mlflow", *HEAVY), id="what plans the feed"),
         pytest.param("services.training.worker", ("mlflow", *HEAVY), id="a worker"),
         pytest.param("services.training.launch", HEAVY, id="the driver"),
+        pytest.param("services.player.app", ("torch", "mlflow", *HEAVY), id="what answers HTTP"),
     ],
 )
 def test_a_process_imports_what_it_uses(module: str, absent: tuple[str, ...]) -> None:

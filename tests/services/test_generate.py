@@ -1,0 +1,170 @@
+"""`jobs/generate.py`: films from data sets and files, replayed bit for bit, and one clear line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flam_core.errors import DataError, FlamError, SettingsError
+from flam_core.saved_model import save_model
+from flam_core.steering.discovered import load_actions
+from services.steering import GenerateSettings, generate
+from tests.services.conftest import environment, run_job
+from tests.steering_fixture import steered
+from tests.videos_fixture import encode_video, video_frames
+
+FILES = {"video.mp4", "video.gif", "strip.png", "actions.json", "frames.npz"}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a model, without discovered actions."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(steered(), folder, "card")
+    return str(folder)
+
+
+@pytest.fixture
+def settings(model: str, grid_data: Path, tmp_path: Path) -> GenerateSettings:
+    return GenerateSettings(model, data=str(grid_data), steps=STEPS, out=str(tmp_path / "out"))
+
+
+def made(settings: GenerateSettings) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays and the record that it writes."""
+    generate(settings)
+    out = Path(settings.out)
+    assert {path.name for path in out.iterdir()} == FILES
+    with Image.open(out / "video.gif") as gif:
+        assert gif.n_frames == settings.context + STEPS
+    with np.load(out / "frames.npz", allow_pickle=False) as arrays:
+        return dict(arrays), json.loads((out / "actions.json").read_text())
+
+
+MODES = {
+    "reconstruct": {"mode": "reconstruct", "context": 2},
+    "prior": {"mode": "edit", "slot": 1, "seed": 3},
+    "code": {"mode": "edit", "slot": 1, "code": 0},
+    "toward": {"mode": "edit", "slot": 2, "toward": "left"},
+    "copied": {"mode": "edit", "slot": 0, "from_clip": "1"},
+    "free": {"mode": "free", "samples": 2},
+    "transfer": {"mode": "transfer", "clip_index": 1, "from_clip": "0"},
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_is_replayed_bit_for_bit(settings: GenerateSettings, name: str, tmp_path: Path) -> None:
+    asked = replace(settings, **MODES[name])
+    arrays, record = made(asked)
+    assert [len(film["actions"]) for film in record["films"]] == [STEPS] * len(record["films"])
+    assert arrays["film_0"].shape == (STEPS, 48, 48, 3)
+    assert ("truth" in arrays) == (name != "transfer")
+    replay = GenerateSettings(
+        asked.model, mode="replay", actions=Path(asked.out, "actions.json"), out=str(tmp_path / "again")
+    )
+    assert generate(replay)["same frames as recorded"] == "yes, bit for bit"
+    with np.load(tmp_path / "again" / "frames.npz", allow_pickle=False) as again:
+        assert set(again) == set(arrays)
+        assert all(np.array_equal(again[key], arrays[key]) for key in arrays)
+    assert json.loads((tmp_path / "again" / "actions.json").read_text()) == record
+
+
+def test_a_record_is_for_its_own_model_and_start(settings: GenerateSettings, tmp_path: Path) -> None:
+    made(settings)
+    replay = replace(settings, mode="replay", actions=Path(settings.out, "actions.json"), steps=None)
+    generate(replace(replay, out=str(tmp_path / "same")))  # of the clip that it was made from
+    with pytest.raises(DataError, match="start from"):
+        generate(replace(replay, clip_index=1))
+    save_model(steered(blocks=1), tmp_path / "other", "card")
+    with pytest.raises(DataError, match="another model"):
+        generate(replace(replay, model=str(tmp_path / "other")))
+    Path(settings.out, "frames.npz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"frames\.npz does not hold"):
+        generate(replace(replay, data=None))
+
+
+def test_files_of_any_size_are_scenes(settings: GenerateSettings, tmp_path: Path) -> None:
+    frames = video_frames(8)
+    encode_video(tmp_path / "wide.mp4", frames[:, 20:100])
+    Image.fromarray(frames[0]).save(tmp_path / "picture.png")
+    nothing_stored = replace(settings, data=None)
+    arrays, _ = made(replace(nothing_stored, clip=tmp_path / "wide.mp4"))
+    assert arrays["truth"].shape == (1 + STEPS, 48, 48, 3)
+    arrays, record = made(replace(nothing_stored, mode="free", clip=tmp_path / "picture.png", samples=3))
+    assert "truth" not in arrays
+    assert len({film["frames_sha256"] for film in record["films"]}) == 3
+    with pytest.raises(DataError, match="1 frames, and 1 given"):
+        generate(replace(nothing_stored, clip=tmp_path / "picture.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "why"),
+    [
+        ({"mode": "edit", "slot": 5}, SettingsError, "no slot 5. Its slots are 0, 1, 2"),
+        ({"mode": "edit", "slot": 0, "code": 99}, SettingsError, "slot 0 has no code 99"),
+        ({"mode": "edit", "slot": 0, "code": 0, "data": None, "clip": "FILM"}, SettingsError, "no discovered actions"),
+        ({"clip_index": 4000}, DataError, "number 4000 is asked for"),
+        ({"steps": 400}, DataError, "400 steps need 401"),
+        ({"data": None}, SettingsError, "does not say which data it was trained on"),
+        ({"data": "/nowhere"}, DataError, "nowhere"),
+        ({"mode": "transfer", "from_clip": "absent.mp4"}, DataError, "absent.mp4 is not a file"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(
+    settings: GenerateSettings, tmp_path: Path, change: dict, error: type[FlamError], why: str
+) -> None:
+    if change.get("clip") == "FILM":
+        encode_video(tmp_path / "film.mp4", video_frames(8))
+        change = change | {"clip": tmp_path / "film.mp4"}
+    with pytest.raises(error, match=why):
+        generate(replace(settings, **change))
+    assert not Path(settings.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"mode": "edit"}, "needs --slot"),
+        ({"mode": "transfer"}, "needs --from_clip"),
+        ({"mode": "replay"}, "needs --actions"),
+        ({"slot": 1}, "no use for --slot"),
+        ({"mode": "edit", "slot": 1, "code": 1, "toward": "up"}, "--code and --toward"),
+        ({"steps": 0}, "steps = 0"),
+        ({"steps": 10_000}, "steps = 10000"),
+        ({"samples": 0}, "samples = 0"),
+        ({"show_fps": 0.0}, "show_fps = 0.0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_read(arguments: dict, why: str) -> None:
+    with pytest.raises(SettingsError, match=why):
+        GenerateSettings("outputs/latest", **arguments)
+
+
+def test_the_program_says_what_is_wrong_in_one_line(grid_data: Path, model: str, tmp_path: Path) -> None:
+    for arguments, code, why in (
+        ([str(tmp_path)], 4, "no model at"),
+        ([model, "--mode", "edit"], 2, "--mode edit needs --slot"),
+    ):
+        done = run_job(["generate", *arguments, "--data", str(grid_data)], environment(), tmp_path)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        assert why in done.stderr
+
+
+def test_codes_that_lie_with_the_model_are_used(settings: GenerateSettings, tmp_path: Path) -> None:
+    from flam_core.steering.discovered import discover_actions, save_actions
+    from tests.steering_fixture import clips
+
+    folder = shutil.copytree(settings.model, tmp_path / "explained")
+    save_actions(discover_actions(steered(), clips(), most=3), folder)
+    found = load_actions(folder)
+    assert found is not None
+    _, record = made(replace(settings, model=str(folder), mode="edit", slot=1, code=1))
+    edited = np.array(record["films"][1]["actions"], dtype=np.float32)[:, 1]
+    assert np.array_equal(edited, np.tile(found.vector(1, 1).numpy(), (STEPS, 1)))
+    assert {codes[1] for codes in record["films"][1]["codes"]} == {1}
