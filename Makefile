@@ -10,7 +10,7 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: train test test-slow test-chaos test-s3 check worlds clean help
+.PHONY: train test test-slow test-chaos test-s3 test-page check worlds clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,6 +45,11 @@ test-chaos: $(READY)
 test-s3: $(READY)
 	infra/rgw/install.sh
 	$(RUN) -m pytest -m rgw
+
+# make test-page   the player and its page in Chromium (installs a Debian package; needs root)
+test-page: $(READY)
+	infra/chromium/install.sh
+	$(RUN) -m pytest -m slow tests/services/test_page.py tests/services/test_player.py
 
 # make worlds   the real simulators: multigrid, Procgen, highway-env
 worlds: $(READY)

@@ -8,8 +8,9 @@
     python jobs/bench.py model --recipes multigrid --clips 2 --no_compile
     python jobs/bench.py chaos --kills 20 --json chaos.json
     python jobs/bench.py overhead --json overhead.json
+    python jobs/bench.py serve --json serve.json
 
-docs/performance.md and docs/reliability.md explain each number, and hold those that were measured.
+docs/performance.md, docs/reliability.md and docs/play.md explain each number, and hold those that were measured.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from services.bench.feed import FeedBenchSettings, bench_feed
 from services.bench.model import ModelBenchSettings, bench_model, rows
 from services.bench.order import OrderBenchSettings, bench_order
 from services.bench.overhead import OverheadSettings, bench_overhead
+from services.bench.serve import ServeBenchSettings, bench_serve
 from services.console import run_program, table
 
 
@@ -78,6 +80,15 @@ class Overhead:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """A player's answers, and the steps of a scene."""
+
+    json: Path | None = None
+    """Where the numbers go, as JSON."""
+    settings: Annotated[ServeBenchSettings, tyro.conf.arg(name="")] = field(default_factory=ServeBenchSettings)
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What `jobs/bench.py` takes."""
 
@@ -87,6 +98,7 @@ class Arguments:
         | Annotated[Model, tyro.conf.subcommand("model")]
         | Annotated[Chaos, tyro.conf.subcommand("chaos")]
         | Annotated[Overhead, tyro.conf.subcommand("overhead")]
+        | Annotated[Serve, tyro.conf.subcommand("serve")]
     ]
 
 
@@ -101,7 +113,7 @@ def main(arguments: Arguments) -> None:
     table(f"bench {type(what).__name__.lower()}", rows(result) if isinstance(what, Model) else flat(shown))
 
 
-def measure(what: Feed | Order | Model | Chaos | Overhead) -> dict[str, Any]:
+def measure(what: Feed | Order | Model | Chaos | Overhead | Serve) -> dict[str, Any]:
     """What was asked for, as plain JSON."""
     match what:
         case Feed():
@@ -114,6 +126,8 @@ def measure(what: Feed | Order | Model | Chaos | Overhead) -> dict[str, Any]:
             return bench_chaos(what.settings)
         case Overhead():
             return bench_overhead(what.settings)
+        case Serve():
+            return bench_serve(what.settings)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

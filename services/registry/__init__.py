@@ -1,5 +1,5 @@
 """Registry: model versions in MLflow, as safetensors that load with pickle forbidden."""
 
-from services.registry.versions import download, nominate, register
+from services.registry.versions import download, nominate, register, trained_on
 
-__all__ = ["download", "nominate", "register"]
+__all__ = ["download", "nominate", "register", "trained_on"]

@@ -118,16 +118,17 @@ def _ensure_model(client: mlflow.MlflowClient, name: str) -> str:
     return name
 
 
-def download(address: str, tracking_uri: str | None = None) -> Path:
+def download(address: str, tracking_uri: str | None = None, into: Path | None = None) -> Path:
     """A local folder with the model that `models:/name/version` or `models:/name@alias` names.
 
+    It lies in `into`; without, in a temporary folder that stays.
     This is what `flam_core.load` calls for `models:/` addresses (entry point `flam.addresses`). The server is
     one given, or `MLFLOW_TRACKING_URI`, else the SQLite file of the current folder. Raises DataError if there is no
     such model or its weights are not those that were registered, EnvironmentFault if MLflow does not answer.
     """
     tracking = tracking_uri or default_tracking_uri(Path(os.environ.get("FLAM_HOME", ".")).absolute())
     check_server(tracking)
-    folder = Path(tempfile.mkdtemp(prefix="flam-model-"))
+    folder = into or Path(tempfile.mkdtemp(prefix="flam-model-"))
     try:
         client = mlflow.MlflowClient(tracking)
         name, version = _parse(client, address)
@@ -149,6 +150,25 @@ def download(address: str, tracking_uri: str | None = None) -> Path:
             _check_weights(found.parent, meant, address)
             return found.parent
     raise DataError(f"{address} is not a model of flam: it holds no {WEIGHTS}", fix="Choose a flam-* model.")
+
+
+def trained_on(address: str, tracking_uri: str | None = None) -> str:
+    """Where the data lay that a registered version was trained on; empty if its run does not say.
+
+    Addresses and server as for `download`. Raises DataError if there is no such version, EnvironmentFault if MLflow
+    does not answer.
+    """
+    tracking = tracking_uri or default_tracking_uri(Path(os.environ.get("FLAM_HOME", ".")).absolute())
+    check_server(tracking)
+    client = mlflow.MlflowClient(tracking)
+    try:
+        run_id = client.get_model_version(*_parse(client, address)).run_id
+        return client.get_run(str(run_id)).data.tags.get("data", "") if run_id else ""
+    except MlflowException as error:
+        raise DataError(
+            f"MLflow at {tracking} does not show the run of {address}: {str(error).splitlines()[0]}",
+            fix="List the versions in MLflow's page, or set MLFLOW_TRACKING_URI.",
+        ) from error
 
 
 def _check_weights(folder: Path, meant: str | None, address: str) -> None:

@@ -32,7 +32,7 @@ from tests.services.conftest import (
     until,
 )
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(900)]
 
 ENVIRONMENT, STOPPED, FAILED = 3, 75, 5
 LOGGED = [50, 100, 150, 200, 250]
@@ -133,7 +133,6 @@ def test_worlds_of_other_sizes_learn_the_same(
     assert cluster.tracking.run(trained.run_id, "sizes").info.status == "FINISHED"
 
 
-@pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_ended(
     cluster: Cluster, grid_data: Path, unbroken_run: Trained, tmp_path: Path
 ) -> None:
@@ -151,7 +150,6 @@ def test_a_rank_that_hangs_is_named_and_ended(
     assert "resumed at step 50" in trained.done.stdout
 
 
-@pytest.mark.long
 def test_a_gradient_that_is_not_a_number_is_left_out(cluster: Cluster, grid_data: Path, tmp_path: Path) -> None:
     trained = train(cluster, tmp_path, grid_data, "nan", *RESUME_SETTINGS, "--chaos", "nan@70")
     assert "going back: the gradient is not finite at step 70" in trained.done.stdout
@@ -163,7 +161,6 @@ def test_a_gradient_that_is_not_a_number_is_left_out(cluster: Cluster, grid_data
     assert [step for step, _ in history(cluster, trained)["progress/step"]] == LOGGED
 
 
-@pytest.mark.long
 def test_what_spoils_every_batch_is_no_accident(cluster: Cluster, grid_data: Path, tmp_path: Path) -> None:
     arguments = cluster.arguments(grid_data, "nans", *RESUME_SETTINGS, "--chaos", "nan@20,nan@21,nan@22,nan@23")
     done = run_job(arguments, environment(), tmp_path)
@@ -173,7 +170,6 @@ def test_what_spoils_every_batch_is_no_accident(cluster: Cluster, grid_data: Pat
     assert cluster.tracking.run(run_id_of(done.stdout), "nans").info.status == "FAILED"
 
 
-@pytest.mark.long
 def test_a_corrupt_newest_checkpoint_costs_its_steps_alone(
     cluster: Cluster, grid_data: Path, unbroken_run: Trained, tmp_path: Path
 ) -> None:
@@ -183,7 +179,6 @@ def test_a_corrupt_newest_checkpoint_costs_its_steps_alone(
     assert trained.weights == unbroken_run.weights
 
 
-@pytest.mark.long
 def test_mlflow_down_holds_nothing_up_and_misses_nothing(
     cluster: Cluster, grid_data: Path, unbroken_run: Trained, tmp_path: Path
 ) -> None:
@@ -199,7 +194,6 @@ def test_mlflow_down_holds_nothing_up_and_misses_nothing(
     assert written == LOGGED
 
 
-@pytest.mark.long
 def test_a_store_that_answers_503_to_a_fifth_of_requests(
     cluster: Cluster, grid_data: Path, unbroken_run: Trained, tmp_path: Path, s3_server
 ) -> None:
@@ -218,7 +212,6 @@ def test_a_store_that_answers_503_to_a_fifth_of_requests(
     assert history(cluster, trained) == history(cluster, unbroken_run)
 
 
-@pytest.mark.long
 def test_weights_that_are_shared_out_outlive_a_kill(
     cluster: Cluster, grid_data: Path, unbroken_run: Trained, tmp_path: Path
 ) -> None:
@@ -245,7 +238,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.long
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
     cluster: Cluster, grid_data: Path, unbroken_run: Trained, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -279,7 +271,6 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
     assert history(cluster, trained) == history(cluster, unbroken_run)
 
 
-@pytest.mark.long
 def test_workers_that_get_nowhere_end_the_run(cluster: Cluster, grid_data: Path, tmp_path: Path) -> None:
     faults = ",".join(f"kill:0@{step}" for step in (3, 4, 5))
     arguments = cluster.arguments(grid_data, "nowhere", *RESUME_SETTINGS, "--chaos", faults, "--max_restarts", "1")

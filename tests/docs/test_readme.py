@@ -38,7 +38,7 @@ def test_named_recipes_and_worlds_exist() -> None:
     assert all(f"`{world}`" in README for world in WORLDS)
 
 
-@pytest.mark.parametrize("job", ["ingest", "train", "evaluate", "tune", "promote"])
+@pytest.mark.parametrize("job", ["ingest", "train", "evaluate", "tune", "promote", "generate", "policy"])
 def test_every_flag_of_the_readme_is_taken(job: str) -> None:
     """Each `--flag` that README gives to a job is one that its `--help` lists."""
     done = subprocess.run(

@@ -24,6 +24,7 @@ import pytest
 import requests
 
 from tests.conftest import S3_ENVIRONMENT
+from tests.services.player_fixture import Played, played
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD_ADDRESS = "127.0.0.2"  # Ray would replace 127.0.0.1 by an outer address
@@ -392,3 +393,10 @@ def until(ready: Callable[[], bool], seconds: float = 240) -> None:
 def committed(index: Path) -> list[int]:
     """The steps that `checkpoints/index.json` of a local run names."""
     return json.loads(index.read_text())["steps"] if index.exists() else []
+
+
+@pytest.fixture(scope="session")
+def player(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    """A player of small models; its tests share it, since it takes half a minute to start."""
+    with played(tmp_path_factory.mktemp("player")) as made:
+        yield made

@@ -15,6 +15,8 @@ from PIL import Image
 
 from flam_core.config_json import to_dict
 from flam_core.recipes import smoke
+from flam_core.steering.discovered import load_actions
+from services.registry import download
 from tests.services.conftest import REPOSITORY, Cluster, Tracking, Trained, environment, run_job, said, sha256
 
 pytestmark = pytest.mark.timeout(600)
@@ -133,6 +135,29 @@ def test_mlflow_has_the_report_but_no_checkpoints(
     assert sha256(Path(metrics)) == sha256(smoke_run.outputs / "metrics.json")
     heavy = {path for path in paths if "checkpoints" in path or path.endswith(".pt")}
     assert not heavy, f"checkpoints belong to the run's storage, not through the MLflow server: {sorted(heavy)}"
+
+
+def test_what_slots_have_learnt_is_among_the_versions_artifacts(
+    smoke_run: Trained, mlflow_server: Tracking, tmp_path: Path
+) -> None:
+    """And films are made with it, by default of the data that it was trained on."""
+    command = ["generate", smoke_run.address, "--mode", "edit", "--slot", "1", "--code", "0", "--steps", "3"]
+    env = environment(MLFLOW_TRACKING_URI=mlflow_server.uri)
+    done = run_job([*command, "--out", str(tmp_path / "films")], env, tmp_path)
+    assert done.returncode == 0, said(done)
+    made = json.loads((tmp_path / "films" / "actions.json").read_text())
+    assert made["weights_sha256"] == smoke_run.weights
+    assert "data/grid, test clip 0" in made["source"]["clip"]
+    assert {codes[1] for codes in made["films"][1]["codes"]} == {0}
+    folder = download(smoke_run.address, mlflow_server.uri)
+    found = load_actions(folder)
+    assert found is not None
+    assert found.slots == smoke().model.factors
+    page = (folder / "microscope.html").read_text()
+    assert page == (smoke_run.outputs / "microscope.html").read_text()
+    assert smoke_run.run_id in page
+    assert 'href="microscope.html"' in (smoke_run.outputs / "report.html").read_text()
+    assert "(microscope.html)" in (folder / "README.md").read_text()
 
 
 def test_registered_version_says_what_it_is(smoke_run: Trained, mlflow_server: Tracking, measured: dict) -> None:

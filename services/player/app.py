@@ -1,0 +1,215 @@
+"""The HTTP face of the player: the page's files, and the API under `/api`, with its description at `/openapi.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from flam_core.errors import EnvironmentFault, FlamError
+from services.player.errors import RETRY_SECONDS, Busy, status_of
+from services.player.guard import HEALTH, Access, Guard
+from services.player.settings import PlayerSettings
+from services.player.wire import (
+    EditBody,
+    Edited,
+    ErrorBody,
+    Frames,
+    Health,
+    InferBody,
+    Inferred,
+    OpenBody,
+    RolloutBody,
+    SceneView,
+    ServerView,
+    SessionView,
+    StepBody,
+    frames_from_text,
+    frames_to_text,
+    numbers,
+)
+from services.player.work import ToEdit, ToRoll
+
+PAGE = Path(__file__).with_name("page")
+Name = Annotated[str, InPath(max_length=64, description="The scene's, as opening it gave it.")]
+_SAID = {
+    400: "Not JSON.",
+    401: "Without the token.",
+    403: "By a name that the server does not go by.",
+    408: "Too slow.",
+    413: "Too many bytes.",
+    422: "Something in it cannot be.",
+    503: "Busy, or not up.",
+}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text} for status, text in _SAID.items()
+}
+_NO_SCENE: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such scene, or no longer."}}
+
+
+def make_app(settings: PlayerSettings, access: Access, scenes: Any, inference: Any) -> FastAPI:
+    """scenes, inference: handles of the deployments of those names."""
+    app = FastAPI(
+        title="flam player",
+        version="1",
+        description="Steer, infer, roll out and edit with a FLAM world model. Frames are PNG files in base64.",
+        docs_url=None,  # those of FastAPI load from other sites; docs.html is ours
+        redoc_url=None,
+    )
+
+    @app.get(HEALTH, responses={503: _REFUSALS[503]}, tags=["server"])
+    async def health() -> Health:
+        """Whether the models are there. Needs no token."""
+        await asked(scenes.ready.remote)
+        await asked(inference.ready.remote)
+        return Health(status="ok")
+
+    app.include_router(_api(settings, inference, scenes), prefix="/api", responses=_REFUSALS)
+    app.include_router(_scenes(scenes), prefix="/api/sessions", responses=_REFUSALS)
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.add_middleware(Guard, access=access, limits=settings.limits)
+    app.add_exception_handler(FlamError, _refuse)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _plain)
+    return app
+
+
+def _api(settings: PlayerSettings, inference: Any, scenes: Any) -> APIRouter:
+    api = APIRouter(tags=["model"])
+    limit = settings.limits.clip_frames
+
+    def frames(sent: list[str]) -> Any:
+        return frames_from_text(sent, limit)
+
+    @api.get("")
+    async def about() -> ServerView:
+        """What is served: slots, their discovered actions, and the limits."""
+        return await asked(scenes.about.remote)
+
+    @api.post("/infer")
+    async def infer(body: InferBody) -> Inferred:
+        """The latent actions of a clip, and the discovered actions that they are nearest to."""
+        actions, codes, version = await asked(inference.infer.remote, frames(body.frames))
+        return Inferred(actions=actions.tolist(), codes=codes.tolist(), version=version)
+
+    @api.post("/rollout")
+    async def rollout(body: RolloutBody) -> Frames:
+        """The frames that follow the given ones under the given latent actions."""
+        asked_for = ToRoll(frames(body.frames), numbers(body.actions, "latent actions"), body.feedback)
+        drawn, version = await asked(inference.roll.remote, asked_for)
+        return Frames(frames=frames_to_text(drawn), version=version)
+
+    @api.post("/edit")
+    async def edit(body: EditBody) -> Edited:
+        """The clip anew from its first frame, in which one slot does something else."""
+        asked_for = ToEdit(frames(body.frames), body.slot, body.put, body.feedback)
+        drawn, actions, version = await asked(inference.edit.remote, asked_for)
+        return Edited(frames=frames_to_text(drawn), actions=actions.tolist(), version=version)
+
+    return api
+
+
+def _scenes(scenes: Any) -> APIRouter:
+    api = APIRouter(tags=["scenes"])
+
+    @api.post("", status_code=201)
+    async def begin(body: OpenBody) -> SessionView:
+        """Begin a scene from a held-out clip's first frame."""
+        return await asked(scenes.open.remote, body)
+
+    @api.get("/{name}", responses=_NO_SCENE)
+    async def show(name: Name) -> SessionView:
+        """A scene as it stands."""
+        return await asked(scenes.show.remote, name)
+
+    @api.delete("/{name}", status_code=204, responses=_NO_SCENE)
+    async def end(name: Name) -> None:
+        """Forget it, so that another has its place."""
+        await asked(scenes.end.remote, name)
+
+    @api.post("/{name}/step", responses=_NO_SCENE)
+    async def step(name: Name, body: StepBody) -> SceneView:
+        """One step: a slot does what it is told, the others follow the video, the prior, or stand still."""
+        return await asked(scenes.step.remote, name, body)
+
+    @api.post("/{name}/undo", responses=_NO_SCENE)
+    async def undo(name: Name) -> SceneView:
+        """Take the last step back."""
+        return await asked(scenes.undo.remote, name)
+
+    @api.post("/{name}/reset", responses=_NO_SCENE)
+    async def reset(name: Name, body: OpenBody) -> SessionView:
+        """From the start again, this clip's or another's, with the models that the addresses mean now."""
+        return await asked(scenes.reset.remote, name, body)
+
+    @api.get("/{name}/film.gif", responses={**_NO_SCENE, 200: {"content": {"image/gif": {}}}}, response_class=Response)
+    async def film(name: Name, since: Annotated[int, Query(ge=0, le=100_000)] = 0) -> Response:
+        """The scene since a step, as a GIF."""
+        content = await asked(scenes.gif.remote, name, since)
+        return Response(content, media_type="image/gif", headers=_attachment("scene.gif"))
+
+    @api.get(
+        "/{name}/actions.json",
+        responses={**_NO_SCENE, 200: {"content": {"application/json": {}}}},
+        response_class=Response,
+    )
+    async def actions(name: Name, side: Annotated[int, Query(ge=0, le=1)] = 0) -> Response:
+        """What was done, for `jobs/generate.py --mode replay`, which gives the same frames bit for bit."""
+        content = await asked(scenes.record.remote, name, side)
+        return Response(content, media_type="application/json", headers=_attachment("actions.json"))
+
+    return api
+
+
+async def asked(method: Callable[..., Awaitable[Any]], *given: Any) -> Any:
+    """Of a deployment. Raises the FlamError that it met there, Busy if it has too much to do, EnvironmentFault if it is
+    gone."""
+    try:
+        return await method(*given)
+    except BackPressureError as error:
+        raise Busy("the server is busy", fix="Come again.") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, FlamError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise EnvironmentFault(
+            "the process with the model has ended, and is being started anew", fix="Come again."
+        ) from error
+
+
+def _attachment(name: str) -> dict[str, str]:
+    return {"content-disposition": f'attachment; filename="{name}"'}
+
+
+def _json(status: int, what: str, fix: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": what, "fix": fix}, status_code=status, headers=headers)
+
+
+def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, FlamError)
+    status = status_of(error)
+    return _json(status, error.what, error.fix, {"retry-after": str(RETRY_SECONDS)} if status == 503 else None)
+
+
+def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return _json(422, f"{place}: {first['msg']}", "See docs.html or /openapi.json for what is taken.")
+
+
+def _plain(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    fix = "See docs.html or /openapi.json for what there is."
+    return _json(error.status_code, f"{request.method} {request.url.path}: {error.detail}", fix, headers)

@@ -1,0 +1,240 @@
+"""The processes of the player: one that answers HTTP, one that plays scenes, some that answer the API.
+
+The one that answers HTTP has no model, so it answers while those that have one are busy. Each model is used by one
+thread of its process; requests wait for it in a queue that is bounded, and whoever finds it full is told to come again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from ray import serve
+
+from flam_core.errors import FlamError, pack
+from services.player.settings import PlayerSettings
+from services.player.wire import OpenBody, SceneView, ServerView, SessionView, StepBody
+
+if TYPE_CHECKING:
+    from services.player.models import Served, ServedModel
+    from services.player.sessions import Session
+    from services.player.work import ToEdit, ToRoll
+
+ResultT = TypeVar("ResultT")
+_WAIT_FOR_MORE = 0.004
+"""Seconds that a request to the API waits for others to go with."""
+
+
+class _Process:
+    """What processes with a model share. One that cannot start says why when it is asked, once, instead of being
+    started again and again."""
+
+    def __init__(self, settings: PlayerSettings, tracking: str) -> None:
+        self.settings, self.tracking = settings, tracking
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._failed: str | None = None
+        try:
+            self._start()
+        except FlamError as error:
+            self._failed = pack(error)
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    async def ready(self) -> str | None:
+        """None, or why it is of no use, as `flam_core.errors.pack` gives it."""
+        return self._failed
+
+    def open_model(self, address: str) -> ServedModel:
+        import torch
+
+        from services.player.models import ServedModel
+
+        torch.set_num_threads(self.settings.threads)
+        device = torch.device("cuda" if self.settings.gpus else "cpu")
+        served = ServedModel(address, self.tracking, self.clips, device, self.settings.seed)
+        served.follow(self.settings.poll_seconds)
+        return served
+
+    def clips(self) -> list[Any]:
+        from services.player.models import start_clips
+
+        return start_clips(self.settings, self.tracking)
+
+    async def run(self, work: Callable[..., ResultT], *given: Any) -> ResultT:
+        """Do it in the model's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+
+
+class Scenes(_Process):
+    """Plays scenes. There is one, since the scenes are in its memory."""
+
+    def _start(self) -> None:
+        from services.player.models import check_size
+        from services.player.sessions import Sessions
+
+        self._clips = self.clips()
+        addresses = [self.settings.model, self.settings.challenger]
+        self._models = [self.open_model(address) for address in addresses if address is not None]
+        for model in self._models:
+            check_size(model.current.address, model.current.model, self._clips)
+        self._sessions = Sessions(self.settings.limits)
+
+    def clips(self) -> list[Any]:
+        """Read once."""
+        return getattr(self, "_clips", None) or super().clips()
+
+    async def about(self) -> ServerView:
+        """The first model, and the limits."""
+        model = self._models[0]
+        limits = {name: float(value) for name, value in asdict(self.settings.limits).items()}
+        trouble = next((one.trouble for one in self._models if one.trouble), None)
+        return ServerView(model=model.current.view, trouble=trouble, limits=limits)
+
+    async def open(self, body: OpenBody) -> SessionView:
+        """Begin a scene."""
+        return await self.run(self._open, body, None)
+
+    async def show(self, name: str) -> SessionView:
+        """A scene as it stands."""
+        return await self.run(lambda: self._sessions.get(name).opened(self._newest))
+
+    async def step(self, name: str, body: StepBody) -> SceneView:
+        """One step of it."""
+        return await self.run(self._step, name, body)
+
+    async def undo(self, name: str) -> SceneView:
+        """Take the last one back."""
+        return await self.run(self._undo, name)
+
+    async def reset(self, name: str, body: OpenBody) -> SessionView:
+        """The same scene, or another, from its start, by the models that are meant now."""
+        return await self.run(self._open, body, name)
+
+    async def end(self, name: str) -> None:
+        """Forget it."""
+        await self.run(lambda: self._sessions.end(name))
+
+    async def gif(self, name: str, since: int) -> bytes:
+        """Its film. It is drawn beside the model's thread, so that other scenes go on."""
+        from services.player.film import gif
+
+        films = await self.run(lambda: [list(side.film) for side in self._sessions.get(name).sides])
+        return await asyncio.to_thread(gif, films, since)
+
+    async def record(self, name: str, side: int) -> str:
+        """Its actions, for `jobs/generate.py --mode replay`."""
+        from services.player.film import record
+
+        return await self.run(lambda: record(self._sessions.get(name), side, self.settings.feedback))
+
+    @property
+    def _newest(self) -> str | None:
+        return self._models[0].current.version
+
+    def _open(self, body: OpenBody, instead_of: str | None) -> SessionView:
+        from services.player.sessions import Session
+
+        if instead_of is None:
+            self._sessions.room()
+        else:
+            self._sessions.get(instead_of)
+        if body.seed is None:
+            body = body.model_copy(update={"seed": self.settings.seed})
+        served: list[Served] = [model.current for model in self._models]
+        session = Session(served, self._clips, body, self.settings.feedback, self.settings.limits)
+        if instead_of is not None:
+            self._sessions.end(instead_of)
+            session.id = instead_of
+        self._sessions.add(session)
+        return session.opened(self._newest)
+
+    def _step(self, name: str, body: StepBody) -> SceneView:
+        session: Session = self._sessions.get(name)
+        session.step(body)
+        return session.view(self._newest)
+
+    def _undo(self, name: str) -> SceneView:
+        session: Session = self._sessions.get(name)
+        session.undo()
+        return session.view(self._newest)
+
+
+class Inference(_Process):
+    """Answers the API. There may be several."""
+
+    def _start(self) -> None:
+        self._model = self.open_model(self.settings.model)
+        for batched in (self._infer, self._roll):
+            batched.set_max_batch_size(self.settings.limits.batch)  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def infer(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
+        """Latent actions [T - 1, K, A] of a clip, their codes [T - 1, K], and the model's version."""
+        from services.player.inference import check_clip
+
+        served = self._model.current
+        check_clip(served, frames)
+        return (*await self._infer((served, frames)), served.version)
+
+    async def roll(self, asked: ToRoll) -> tuple[np.ndarray, str | None]:
+        """Frames uint8 [S, H, W, 3], and the model's version."""
+        from services.player.inference import check_roll
+
+        served = self._model.current
+        check_roll(served, asked, self.settings.limits.clip_frames)
+        return await self._roll((served, asked)), served.version
+
+    async def edit(self, asked: ToEdit) -> tuple[np.ndarray, np.ndarray, str | None]:
+        """Frames uint8 [T - 1, H, W, 3], actions [T - 1, K, A], and the model's version."""
+        from services.player.inference import edit
+
+        served = self._model.current
+        return (*await self.run(edit, served, asked), served.version)
+
+    @serve.batch(batch_wait_timeout_s=_WAIT_FOR_MORE)
+    async def _infer(self, waiting: list[tuple[Served, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        from services.player.inference import infer
+
+        return await self.run(_of_each_model, infer, waiting)
+
+    @serve.batch(batch_wait_timeout_s=_WAIT_FOR_MORE)
+    async def _roll(self, waiting: list[tuple[Served, ToRoll]]) -> list[np.ndarray]:
+        from services.player.inference import roll
+
+        return await self.run(_of_each_model, roll, waiting)
+
+
+def _of_each_model(
+    work: Callable[[Served, list[Any]], list[ResultT]], waiting: list[tuple[Served, Any]]
+) -> list[ResultT]:
+    """`work` on what waits for each model (two, just after the alias has moved); results in order."""
+    found: list[Any] = [None] * len(waiting)
+    for served in dict.fromkeys(served for served, _ in waiting):
+        mine = [number for number, (one, _) in enumerate(waiting) if one is served]
+        for number, result in zip(mine, work(served, [waiting[number][1] for number in mine]), strict=True):
+            found[number] = result
+    return found
+
+
+@serve.ingress()
+class Door:
+    """Answers HTTP."""
+
+    def __init__(self, settings: PlayerSettings, access: Any, scenes: Any, inference: Any) -> None:
+        self._given = settings, access, scenes, inference
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Serve asks for the app after construction."""
+        from services.player.app import make_app
+
+        return make_app(*self._given)
+
+    async def ready(self) -> str | None:
+        """None, or why the server is of no use, as `flam_core.errors.pack` gives it."""
+        _, _, scenes, inference = self._given
+        failed = await asyncio.gather(scenes.ready.remote(), inference.ready.remote())
+        return next((one for one in failed if one is not None), None)

@@ -1,0 +1,404 @@
+// The page's state, and what keys and buttons do to it.
+
+import * as api from "./api.js";
+import { Screen, colourOf } from "./stage.js";
+
+const $ = (id) => document.getElementById(id);
+const ARROWS = { ArrowUp: "up", ArrowRight: "right", ArrowDown: "down", ArrowLeft: "left" };
+const SIGNS = { up: "↑", right: "→", down: "↓", left: "←", still: "." };
+const OTHERS = ["video", "prior", "still"];
+const KEPT = "flam-session";
+const PLACES = 9;
+const LEAST_MOTION = 0.03; // of the frame's side: what moves less is drawn short, however fast it is among its like
+const RUN_MILLISECONDS = 1000 / 12;
+
+const state = {
+  scene: null, // the newest answer of the server
+  models: [],
+  clips: 1,
+  slot: null, // of the first model, that is steered
+  looked: null, // [slot of each side] under the pointer or the focus
+  others: "video",
+  running: false,
+  recordedFrom: null,
+  held: null, // the action whose key is down
+};
+let screens = [new Screen(document.querySelector(".side"))];
+let asking = false; // one request at a time; what is asked meanwhile waits in `next`, and only the last of it
+let next = null;
+
+// --- talking to the server ---------------------------------------------------------------------------------------
+
+async function ask(work) {
+  if (asking) {
+    next = work;
+    return;
+  }
+  asking = true;
+  try {
+    for (let current = work; current; current = next) {
+      next = null;
+      await current();
+    }
+  } catch (error) {
+    if (!(error instanceof api.Refused)) throw error;
+    next = null;
+    setRunning(false);
+    if (error.status === 404) sceneGone(error.what);
+    else say(error.message, true);
+  } finally {
+    asking = false;
+  }
+}
+
+const opened = async (answer) => {
+  state.models = answer.models;
+  state.clips = answer.clips;
+  sessionStorage.setItem(KEPT, answer.session);
+  if (state.slot !== null && state.slot >= answer.models[0].slots.length) state.slot = null;
+  if (state.recordedFrom !== null) setRecording(false);
+  setSides(answer.models.length);
+  nameModels();
+  listSlots();
+  listCodes();
+  $("clip").max = answer.clips;
+  $("clip").value = answer.clip + 1;
+  $("seed").value = answer.seed;
+  await show(answer);
+};
+
+const begin = (start) => ask(async () => opened(await api.begin(start)));
+
+async function resume() {
+  const kept = sessionStorage.getItem(KEPT);
+  await ask(async () => {
+    let answer = null;
+    if (kept) {
+      try {
+        answer = await api.show(kept);
+      } catch (error) {
+        if (error.status !== 404) throw error;
+      }
+    }
+    await opened(answer ?? (await api.begin({})));
+  });
+}
+
+const reset = (clip, seed) => ask(async () => {
+  await opened(await api.reset(state.scene.session, { clip, seed }));
+  say(`Scene ${clip + 1} from its start.`);
+});
+
+const undo = () => ask(async () => {
+  if (!state.scene.undo_left) return say("There is no step to take back.");
+  await show(await api.undo(state.scene.session));
+});
+
+// action: { code }, { arrow }, or {} to stand still.
+const act = (action) => ask(async () => {
+  const body = { others: state.others };
+  if (state.slot !== null) Object.assign(body, { slot: state.slot }, action);
+  else if (action.code !== undefined || action.arrow !== undefined) return say("Take a slot first: click it, or Tab to it.");
+  const begun = performance.now();
+  state.looked = null; // what is steered is to be seen
+  await show(await api.step(state.scene.session, body));
+  showRate(performance.now() - begun);
+  markCode(action);
+  if (action.arrow) say(state.scene.sides[0].arrives === false ? `Slot ${state.slot} knows no way ${action.arrow} from here.` : "");
+});
+
+function arrow(name) {
+  const slot = state.slot === null ? null : state.models[0].slots[state.slot];
+  if (slot && !slot.arrows.includes(name)) return say(`Slot ${state.slot} has learnt nothing that moves it ${name}.`);
+  act({ arrow: name });
+}
+
+function code(number) {
+  const slot = state.slot === null ? null : state.models[0].slots[state.slot];
+  if (slot && number >= slot.codes.length) return say(`Slot ${state.slot} has ${slot.codes.length} actions.`);
+  act({ code: number });
+}
+
+function sceneGone(why) {
+  sessionStorage.removeItem(KEPT);
+  $("gone-why").textContent = `${why}.`;
+  if (!$("gone").open) $("gone").showModal();
+}
+
+// --- running -----------------------------------------------------------------------------------------------------
+
+async function setRunning(on) {
+  if (on === state.running) return;
+  state.running = on;
+  press($("run"), on);
+  $("run").querySelector("span").textContent = on ? "Pause" : "Run";
+  while (state.running) {
+    const begun = performance.now();
+    if (!asking) await act(heldAction());
+    await new Promise((resolve) => setTimeout(resolve, Math.max(4, RUN_MILLISECONDS - (performance.now() - begun))));
+  }
+}
+
+// What the key that is down means to the slot that is taken; to stand still if it has no such action.
+function heldAction() {
+  const slot = state.slot === null ? null : state.models[0].slots[state.slot];
+  if (!slot || !state.held) return {};
+  return slot.arrows.includes(state.held.arrow) || state.held.code < slot.codes.length ? state.held : {};
+}
+
+// --- drawing -----------------------------------------------------------------------------------------------------
+
+async function show(answer) {
+  state.scene = answer;
+  await Promise.all(screens.map((screen, i) => screen.show(answer.sides[i], state.models[i].slots.length)));
+  $("step").textContent = answer.step;
+  $("left").textContent = answer.video_left ? `video for ${answer.video_left} more` : "the video has ended";
+  $("undo").disabled = !answer.undo_left;
+  $("actions").setAttribute("aria-disabled", String(answer.step === 0));
+  $("actions").href = answer.step ? api.actionsPath(answer.session) : "#";
+  const moved = answer.newest !== state.models[0].version;
+  $("notice").textContent = moved ? `Version ${answer.newest} is there now: Reset takes it.` : "";
+  point();
+  document.body.dataset.step = answer.step;
+}
+
+function setSides(count) {
+  const box = $("sides");
+  while (screens.length < count) {
+    const figure = screens[0].figure.cloneNode(true);
+    figure.querySelector(".picture").setAttribute("aria-label", "The scene as the challenger draws it");
+    box.append(figure);
+    screens.push(new Screen(figure));
+    listen(screens.at(-1));
+  }
+  while (screens.length > count) screens.pop().figure.remove();
+}
+
+function nameModels() {
+  const name = (model) => `${model.address.replace("models:/", "")}${model.version ? `, version ${model.version}` : ""}`;
+  $("served").textContent = name(state.models[0]);
+  const roles = state.models.length > 1 ? ["", "challenger: "] : [""];
+  state.models.forEach((model, i) => {
+    screens[i].figure.querySelector("figcaption").textContent = state.models.length > 1 ? roles[i] + name(model) : "";
+  });
+}
+
+function listSlots() {
+  $("slots").replaceChildren(...state.models[0].slots.map((slot, k) => {
+    const button = document.createElement("button");
+    button.style.setProperty("--slot", colourOf(k));
+    const swatch = document.createElement("i");
+    const note = document.createElement("small");
+    note.textContent = slot.entity === null ? "" : `entity ${slot.entity}`;
+    button.append(swatch, `Slot ${k}`, note);
+    button.dataset.slot = k;
+    button.addEventListener("click", () => take(state.slot === k ? null : k));
+    button.addEventListener("pointerenter", () => look(slotEverywhere(k)));
+    button.addEventListener("pointerleave", () => look(null));
+    button.addEventListener("focus", () => { if (button.matches(":focus-visible")) look(slotEverywhere(k)); });
+    button.addEventListener("blur", () => look(null));
+    return button;
+  }));
+  take(state.slot, false);
+}
+
+function listCodes() {
+  const slot = state.slot === null ? null : state.models[0].slots[state.slot];
+  const signs = (slot?.arrows ?? []).map((name) => SIGNS[name]).join(" ");
+  $("codes-of").textContent = slot ? `slot ${state.slot}${signs && `, keys ${signs}`}` : "take a slot first";
+  const fastest = Math.max(LEAST_MOTION, ...(slot?.codes ?? []).map(({ motion }) => Math.hypot(...motion)));
+  $("codes").style.setProperty("--slot", state.slot === null ? "" : colourOf(state.slot));
+  $("codes").replaceChildren(...(slot?.codes ?? []).map((one, number) => {
+    const button = document.createElement("button");
+    const key = document.createElement("kbd");
+    key.textContent = number < PLACES ? number + 1 : "";
+    const share = document.createElement("span");
+    share.className = "share";
+    share.textContent = `${Math.round(100 * one.usage)} %`;
+    const bar = document.createElement("span");
+    bar.className = "use";
+    bar.style.setProperty("--share", `${Math.round(100 * one.usage)}%`);
+    const arrow = motionArrow(one.motion, fastest);
+    arrow.style.opacity = 0.3 + 0.7 * one.consistency; // a faint arrow: it depends on where the slot stands
+    button.append(key, arrow, share, bar);
+    button.title = one.consistency < 0.5 ? "What it does depends on where the slot stands" : "";
+    button.dataset.code = number;
+    button.setAttribute("aria-label", `Action ${number + 1}: ${inWords(one.motion, fastest)}, ${share.textContent} of its steps`);
+    button.addEventListener("click", () => code(number));
+    return button;
+  }));
+  // Room for nine, so that nothing moves when another slot is taken.
+  while ($("codes").children.length < PLACES) {
+    const empty = document.createElement("div");
+    empty.className = "empty";
+    $("codes").append(empty);
+  }
+}
+
+// An arrow from the middle, as long as the slot moves in relation to its fastest action; a ring where it stays.
+function motionArrow([x, y], fastest) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "-12 -12 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  const draw = (kind, attributes) => {
+    const part = document.createElementNS(svg.namespaceURI, kind);
+    for (const [name, value] of Object.entries(attributes)) part.setAttribute(name, value);
+    svg.append(part);
+  };
+  const length = 10 * (Math.hypot(x, y) / fastest);
+  if (length < 1.5) {
+    draw("circle", { r: 2.2, fill: "none", "stroke-width": 1.4 });
+    return svg;
+  }
+  const turn = `rotate(${(Math.atan2(y, x) * 180) / Math.PI})`;
+  draw("line", { x1: -length / 2, x2: length / 2 - 1, "stroke-width": 1.8, "stroke-linecap": "round", transform: turn });
+  const tip = length / 2 + 1.5;
+  draw("path", { d: `M${tip} 0 l-4.5 -3 v6 z`, stroke: "none", transform: turn });
+  return svg;
+}
+
+function inWords([x, y], fastest) {
+  if (Math.hypot(x, y) < 0.15 * fastest) return "stays";
+  return Math.abs(x) > Math.abs(y) ? (x > 0 ? "moves right" : "moves left") : y > 0 ? "moves down" : "moves up";
+}
+
+function markCode(action) {
+  for (const button of $("codes").children) button.classList.toggle("now", button.dataset.code === String(action.code));
+}
+
+function showRate(milliseconds) {
+  showRate.mean = showRate.mean ? 0.8 * showRate.mean + 0.2 * milliseconds : milliseconds;
+  $("rate").textContent = `${Math.round(showRate.mean)} ms a step`;
+}
+
+function say(text, alert = false) {
+  $("status").textContent = text;
+  $("status").title = text;
+  $("status").classList.toggle("alert", alert);
+}
+
+const press = (button, on) => button.setAttribute("aria-pressed", String(on));
+
+// --- slots -------------------------------------------------------------------------------------------------------
+
+function take(slot, announce = true) {
+  state.slot = slot;
+  for (const button of $("slots").children) press(button, Number(button.dataset.slot) === slot);
+  listCodes();
+  point();
+  if (announce) say(slot === null ? "No slot is taken." : `Slot ${slot} is yours.`);
+}
+
+function look(slots) {
+  state.looked = slots;
+  point();
+}
+
+function point() {
+  screens.forEach((screen, i) => {
+    const own = i === 0 ? state.slot : state.slot === null ? null : state.scene?.sides[i]?.slot ?? slotEverywhere(state.slot)[i];
+    screen.point(own, state.looked?.[i] ?? null);
+  });
+}
+
+// The slot of each side that is in the same place as a slot of the first.
+function slotEverywhere(slot) {
+  const [first, ...rest] = screens;
+  if (first.masks === null) return screens.map(() => null);
+  const mask = first.masks[slot];
+  const strongest = mask.indexOf(Math.max(...mask));
+  return [slot, ...rest.map((screen) => (screen.grid === first.grid ? screen.slotAt(strongest) : null))];
+}
+
+function listen(screen) {
+  screen.screen.addEventListener("pointermove", (event) => {
+    if (screen.masks === null) return;
+    const patch = screen.patchAt(event);
+    look(screens.map((one) => (one.grid === screen.grid ? one.slotAt(patch) : null)));
+  });
+  screen.screen.addEventListener("pointerleave", () => look(null));
+  screen.screen.addEventListener("click", (event) => {
+    if (screens[0].masks === null) return;
+    const patch = screen.patchAt(event);
+    take(screens[0].slotAt(screens[0].grid === screen.grid ? patch : 0));
+  });
+}
+
+// --- controls ----------------------------------------------------------------------------------------------------
+
+function setOthers(others) {
+  state.others = others;
+  for (const button of $("others").children) press(button, button.dataset.others === others);
+}
+
+function setRecording(on) {
+  const since = state.recordedFrom;
+  state.recordedFrom = on ? state.scene.step : null;
+  press($("record"), on);
+  $("record").querySelector("span").textContent = on ? "Save GIF" : "Record GIF";
+  return since;
+}
+
+function record() {
+  if (state.recordedFrom === null) {
+    setRecording(true);
+    say("Recording: press again to save.");
+    return;
+  }
+  const since = Math.min(setRecording(false), state.scene.step);
+  const link = document.createElement("a");
+  link.href = api.filmPath(state.scene.session, since);
+  link.download = `scene-${state.scene.clip + 1}.gif`;
+  link.click();
+  say(`${state.scene.step - since + 1} frames saved.`);
+}
+
+const again = () => reset(state.scene.clip, state.scene.seed);
+const nextScene = () => reset((state.scene.clip + 1) % state.clips, state.scene.seed);
+const nextOthers = () => setOthers(OTHERS[(OTHERS.indexOf(state.others) + 1) % OTHERS.length]);
+const KEYS = {
+  p: () => setRunning(!state.running),
+  ".": () => act({}),
+  backspace: undo,
+  u: undo,
+  r: again,
+  n: nextScene,
+  g: record,
+  o: nextOthers,
+  escape: () => take(null),
+};
+
+document.addEventListener("keydown", (event) => {
+  if (event.target instanceof HTMLInputElement || $("gone").open || !state.scene) return;
+  if (event.altKey || event.metaKey || (event.ctrlKey && event.key !== "z")) return;
+  const name = ARROWS[event.key];
+  const number = /^[1-9]$/.test(event.key) ? Number(event.key) - 1 : null;
+  if (event.ctrlKey) undo();
+  else if (name || number !== null) {
+    state.held = name ? { arrow: name } : { code: number };
+    if (!state.running) name ? arrow(name) : code(number);
+  } else if (KEYS[event.key.toLowerCase()]) {
+    if (event.repeat && !["backspace", "u", "."].includes(event.key.toLowerCase())) return;
+    KEYS[event.key.toLowerCase()]();
+  } else return;
+  event.preventDefault();
+});
+document.addEventListener("keyup", (event) => { if (ARROWS[event.key] || /^[1-9]$/.test(event.key)) state.held = null; });
+window.addEventListener("blur", () => { state.held = null; });
+
+$("run").addEventListener("click", KEYS.p);
+$("wait").addEventListener("click", KEYS["."]);
+$("undo").addEventListener("click", undo);
+$("reset").addEventListener("click", again);
+$("next").addEventListener("click", nextScene);
+$("record").addEventListener("click", record);
+$("actions").addEventListener("click", (event) => { if (!state.scene?.step) event.preventDefault(); });
+$("others").addEventListener("click", (event) => { if (event.target.dataset.others) setOthers(event.target.dataset.others); });
+$("start").addEventListener("submit", (event) => {
+  event.preventDefault();
+  reset(Number($("clip").value) - 1, Number($("seed").value));
+});
+$("gone").addEventListener("close", () => begin({ clip: state.scene?.clip ?? 0, seed: state.scene?.seed ?? 0 }));
+
+listen(screens[0]);
+resume();

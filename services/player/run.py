@@ -1,0 +1,172 @@
+"""Starts the player on Ray Serve, on a Ray of its own or on a cluster, and ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from flam_core.errors import EnvironmentFault, SettingsError, unpack
+from services.player.deployments import Door, Inference, Scenes
+from services.player.guard import Access
+from services.player.settings import Binding, PlayerSettings
+from services.player.token import choose_token, digest
+from services.tracking.server import default_tracking_uri
+from services.training.cluster import check_head
+
+_NAME = "flam-player"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_CPUS = 4
+"""Logical ones of a Ray of its own: processes wait for one another more than they compute."""
+_OBJECT_STORE_BYTES = 128 << 20
+_START_SECONDS = 300.0
+# Requests are not logged. Of warnings, Serve has many where cores are few, and none that a user could act on.
+_LOGGING = LoggingConfig(log_level="ERROR", enable_access_log=False)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the player answers."""
+
+    url: str
+    token: str | None
+
+    @property
+    def link(self) -> str:
+        """For a browser; it lets whoever has it in."""
+        return self.url if self.token is None else f"{self.url}?token={self.token}"
+
+
+@contextmanager
+def player(settings: PlayerSettings, binding: Binding) -> Iterator[Place]:
+    """A player that is up, until the end of the block.
+
+    Raises SettingsError, DataError or EnvironmentFault for a model, data or a port that cannot be had.
+    """
+    token = None if binding.no_token else choose_token(binding.token, binding.host)
+    hosts = (*_LOOPBACK, binding.host.strip("[]"), *binding.allow_host)
+    access = Access(None if token is None else digest(token), None if token or binding.no_token else hosts)
+    settings = _absolute(settings)
+    tracking = settings.tracking or default_tracking_uri(Path(os.environ.get("FLAM_HOME", ".")).absolute())
+    for address in (settings.model, settings.challenger):
+        if address is not None:
+            _check_model(address, tracking)
+    started = _connect(binding)
+    try:
+        http: dict[str, Any] = {"host": binding.host, "port": binding.port}
+        serve.start(http_options=http, proxy_location="HeadOnly", logging_config=_LOGGING)
+        serve.run(_app(settings, access, tracking), name=_NAME, route_prefix="/", blocking=False)
+        failed = serve.get_app_handle(_NAME).ready.remote().result(timeout_s=_START_SECONDS)
+        if failed is not None:
+            raise unpack(failed)
+        shown = "127.0.0.1" if binding.host in ("0.0.0.0", "::") else binding.host
+        yield Place(f"http://{f'[{shown}]' if ':' in shown else shown}:{binding.port}/", token)
+    finally:
+        if started:
+            serve.shutdown()
+            ray.shutdown()
+        else:
+            serve.delete(_NAME)
+
+
+def wait() -> None:
+    """Until the program is told to end."""
+    threading.Event().wait()
+
+
+def _check_model(address: str, tracking: str) -> None:
+    """What can be told at once, before Ray has started. Raises DataError if there is no model, EnvironmentFault if
+    MLflow does not answer."""
+    if address.startswith("models:/"):
+        from services.registry.follow import Followed
+
+        Followed(address, tracking).now()
+    else:
+        from flam_core.saved_model import model_folder, saved_sha256
+
+        saved_sha256(model_folder(address))
+
+
+def _app(settings: PlayerSettings, access: Access, tracking: str) -> Any:
+    limits = settings.limits
+    actor = {"num_cpus": 0.5, "num_gpus": settings.gpus}
+    scenes = _deployment(Scenes, actor, max_ongoing_requests=4, max_queued_requests=limits.queue)
+    inference = _deployment(
+        Inference,
+        actor,
+        num_replicas=settings.replicas,
+        max_ongoing_requests=2 * limits.batch,
+        max_queued_requests=limits.queue,
+    )
+    # It bounds by itself what waits in it (`Guard`), and answers in JSON, which Serve would not.
+    door = _deployment(Door, {"num_cpus": 0.1}, max_ongoing_requests=10 * limits.queue)
+    return door.bind(settings, access, scenes.bind(settings, tracking), inference.bind(settings, tracking))
+
+
+def _deployment(kind: type, actor: dict[str, Any], **options: Any) -> Any:
+    return serve.deployment(kind, ray_actor_options=actor, logging_config=_LOGGING, **options)
+
+
+def _connect(binding: Binding) -> bool:
+    """Join the cluster, or start a Ray; whether this process started it."""
+    address = binding.address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        return False
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        if address:
+            check_head(address)
+            ray.init(address=address, logging_level=logging.WARNING)
+            return False
+        _check_port(binding)
+        ray.init(
+            address="local",
+            num_cpus=_CPUS,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EnvironmentFault(
+            f"no Ray cluster at {address} takes this program: {str(error).splitlines()[0]}",
+            fix="Check --address or RAY_ADDRESS, and that Ray has the same version there.",
+        ) from error
+    return True
+
+
+def _check_port(binding: Binding) -> None:
+    """Raises EnvironmentFault if the port cannot be listened on: Serve would say so in many lines."""
+    family = socket.AF_INET6 if ":" in binding.host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((binding.host.strip("[]"), binding.port))
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot listen on {binding.host}:{binding.port}: {error.strerror or error}",
+            fix="End what listens there, or choose another --port.",
+        ) from error
+
+
+def _absolute(settings: PlayerSettings) -> PlayerSettings:
+    """Folders as the server's processes find them."""
+
+    def whole(address: str | None) -> str | None:
+        if address is None or ":/" in address or "," in address:
+            return address
+        return str(Path(address).absolute())
+
+    model = whole(settings.model)
+    if not model:
+        raise SettingsError("no model is given", fix="Give its address, such as models:/flam-grid@champion.")
+    return replace(settings, model=model, challenger=whole(settings.challenger), data=whole(settings.data))

@@ -1,0 +1,224 @@
+"""The player's page in a real browser: by mouse and by keys, and each picture is the model's to the last bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import flam_core
+from flam_core.data.manifest import read_manifest
+from flam_core.data.quarantine import read_quarantine
+from flam_core.evaluation.held_out import held_out_clips
+from flam_core.steering.directions import directed
+from flam_core.steering.scene import Scene
+from services.storage import resolve
+from tests.services.player_fixture import SIZE, SLOTS, TOKEN, Played, some_actions
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (infra/chromium/install.sh)"),
+]
+_PIXELS = """(number) => {
+  const canvas = document.querySelectorAll('.picture')[number];
+  return Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data);
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as running:
+        started = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Browser, player: Played) -> Iterator[Page]:
+    """Open, at the start of the first scene. Nothing may go wrong in its console."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    opened = context.new_page()
+    opened.set_default_timeout(60_000)
+    problems: list[str] = []
+    opened.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on("request", lambda asked: problems.append(asked.url) if not asked.url.startswith(player.url) else None)
+    opened.goto(f"{player.url}?token={TOKEN}")
+    at_step(opened, 0)
+    assert TOKEN not in opened.url
+    yield opened
+    session = opened.evaluate("sessionStorage.getItem('flam-session')")
+    player.ask("DELETE", f"api/sessions/{session}")
+    context.close()
+    expected = getattr(opened, "expected_problems", [])
+    assert [one for one in problems if not any(part in one for part in expected)] == []
+
+
+def at_step(page: Page, step: int) -> None:
+    page.wait_for_selector(f"body[data-step='{step}']")
+
+
+def until(page: Page, true: str, seconds: float = 60) -> None:
+    """Playwright's own wait would need `eval`, which the page's policy forbids."""
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(true):
+        assert time.monotonic() < deadline, true
+        page.wait_for_timeout(30)
+
+
+def pixels(page: Page, side: int = 0) -> np.ndarray:
+    """What is on the canvas: uint8 [H, W, 3]."""
+    return np.array(page.evaluate(_PIXELS, side), dtype=np.uint8).reshape(SIZE, SIZE, 4)[..., :3]
+
+
+def taken(page: Page) -> str | None:
+    found = page.locator("#slots button[aria-pressed=true]")
+    return found.get_attribute("data-slot") if found.count() else None
+
+
+def first_clip(player: Played) -> torch.Tensor:
+    data = resolve(str(player.data))
+    manifest, quarantine = read_manifest(data.fs, data.path), read_quarantine(data.fs, data.path)
+    (clip,) = held_out_clips(
+        manifest, data.fs, data.path, "test", None, 1, quarantine=quarantine, on_broken=lambda _clip: None
+    )
+    return torch.from_numpy(clip.frames.copy())
+
+
+def test_each_picture_is_the_models_for_the_same_actions(page: Page, player: Played) -> None:
+    clip, actions = first_clip(player), some_actions(0)
+    model = flam_core.load(player.models[0])
+    video = model.infer_actions(model.slots(model.encode(clip[None]))[0])[0]
+    scene = Scene(model, clip[:1])
+    assert np.array_equal(pixels(page), clip[0].numpy())
+    assert np.array_equal(pixels(page, 1), clip[0].numpy())  # the challenger starts from the same
+
+    box = page.locator(".screen").first.bounding_box()
+    assert box is not None
+    masks = scene.masks
+    assert masks is not None
+    grid = round(masks.shape[1] ** 0.5)
+    patch = int(masks.max(dim=0).values.argmax())  # where there is no doubt
+    at = [(number + 0.5) / grid for number in (patch % grid, patch // grid)]
+    page.mouse.move(box["x"] + at[0] * box["width"], box["y"] + at[1] * box["height"])
+    looked = page.locator(".overlay").first.evaluate(
+        "c => c.getContext('2d').getImageData(0, 0, 99, 99).data.some(Boolean)"
+    )
+    assert looked or patch > 0
+    page.mouse.click(box["x"] + at[0] * box["width"], box["y"] + at[1] * box["height"])
+    slot = int(masks[:, patch].argmax())
+    assert taken(page) == str(slot)
+
+    for step, (key, meant) in enumerate([("ArrowUp", "up"), ("3", 2), ("ArrowLeft", "left"), (".", "still")]):
+        page.keyboard.press(key)
+        at_step(page, step + 1)
+        chosen = video[step].clone()
+        if isinstance(meant, int):
+            chosen[slot] = actions.vectors[slot][meant]
+        else:
+            chosen[slot] = directed(scene, slot, meant, actions.examples[slot], chosen).action
+        assert np.array_equal(pixels(page), scene.step(chosen).numpy()), key
+    assert not np.array_equal(pixels(page, 1), pixels(page))  # another model, another picture
+
+
+def test_keys_alone_are_enough(page: Page) -> None:
+    start = pixels(page)
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.slot") == "1":
+            break
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    page.keyboard.press("Enter")
+    assert taken(page) == "1"
+    page.keyboard.press("ArrowRight")
+    at_step(page, 1)
+    first = pixels(page)
+    assert not np.array_equal(first, start)
+    page.keyboard.press("ArrowDown")
+    at_step(page, 2)
+    page.keyboard.press("Backspace")
+    at_step(page, 1)
+    assert np.array_equal(pixels(page), first)
+    page.keyboard.press("o")
+    assert page.locator("#others [aria-pressed=true]").get_attribute("data-others") == "prior"
+    page.keyboard.press("r")
+    at_step(page, 0)
+    assert np.array_equal(pixels(page), start)
+    page.keyboard.press("n")
+    until(page, "document.getElementById('clip').value === '2'")
+    assert not np.array_equal(pixels(page), start)
+    page.keyboard.press("Escape")
+    assert taken(page) is None
+    page.keyboard.press("ArrowUp")
+    until(page, "document.getElementById('status').textContent.startsWith('Take a slot')")
+    names = page.evaluate("[...document.querySelectorAll('button')].map(b => b.ariaLabel || b.textContent.trim())")
+    assert all(names)
+
+
+def test_it_runs_records_and_comes_back(page: Page, player: Played) -> None:
+    page.keyboard.press("g")
+    page.keyboard.press("p")
+    until(page, "Number(document.body.dataset.step) >= 5")
+    page.keyboard.press("p")
+    until(page, "document.getElementById('run').ariaPressed === 'false'")
+    page.wait_for_timeout(300)
+    step = int(page.evaluate("document.body.dataset.step"))
+    with page.expect_download() as saved:
+        page.keyboard.press("g")
+    with Image.open(io.BytesIO(saved.value.path().read_bytes())) as image:
+        assert image.format == "GIF"
+        assert getattr(image, "n_frames", 1) == step + 1
+    with page.expect_download() as saved:
+        page.click("#actions")
+    assert len(json.loads(saved.value.path().read_text())["films"][0]["actions"]) == step
+    before = pixels(page)
+    page.reload()
+    at_step(page, step)  # the scene is kept for the tab
+    assert np.array_equal(pixels(page), before)
+
+
+def test_a_scene_that_has_ended_is_begun_anew(page: Page, player: Played) -> None:
+    page.expected_problems = ["404"]  # type: ignore[attr-defined] - the browser logs each
+    session = page.evaluate("sessionStorage.getItem('flam-session')")
+    assert player.ask("DELETE", f"api/sessions/{session}").status_code == 204
+    page.keyboard.press(".")
+    page.wait_for_selector("#gone[open]")
+    assert "left alone" in page.locator("#gone-why").inner_text()
+    page.keyboard.press("Enter")
+    until(page, f"!['{session}', null].includes(sessionStorage.getItem('flam-session'))")
+    at_step(page, 0)
+    page.keyboard.press(".")
+    at_step(page, 1)
+
+
+def test_nothing_moves_and_the_api_is_described(page: Page, player: Played) -> None:
+    def places() -> Any:
+        return page.evaluate(
+            "[...document.querySelectorAll('.screen, #transport, #codes, #others, #start')].map(e => {"
+            " const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height].map(Math.round); })"
+        )
+
+    before = places()
+    page.click("#slots button >> nth=0")
+    page.keyboard.press("2")
+    at_step(page, 1)
+    assert places() == before
+    page.goto(f"{player.url}docs.html")
+    page.wait_for_selector("article")
+    assert page.locator("article").count() == 13
+    assert "/api/rollout" in page.locator("#operations").inner_text()
+    page.goto(player.url)
+    at_step(page, 1)
+    assert len(page.query_selector_all("#slots button")) == SLOTS

@@ -1,0 +1,231 @@
+"""The player's API on a real Ray Serve: what it gives, what it refuses, and that it stays up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import schemathesis
+import torch
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import response_schema_conformance
+
+import flam_core
+from flam_core.steering import generate
+from flam_core.steering.discovered import load_actions
+from services.player.wire import frames_from_text, frames_to_text
+from tests.services.conftest import environment, free_ports, run_job, said
+from tests.services.player_fixture import NAME, SIZE, SLOTS, TOKEN, Played, some_actions
+
+pytestmark = pytest.mark.slow
+FUZZ = 15
+"""Examples of each operation, well-formed and not."""
+
+
+def clip(frames: int = 5, seed: int = 0, size: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
+
+
+def fine(answer: requests.Response, status: int = 200) -> Any:
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def begin(player: Played, **start: int) -> dict[str, Any]:
+    return fine(player.ask("POST", "api/sessions", json=start), 201)
+
+
+def end(player: Played, scene: dict[str, Any]) -> None:
+    assert player.ask("DELETE", f"api/sessions/{scene['session']}").status_code == 204
+
+
+def test_it_tells_what_it_serves(player: Played) -> None:
+    about = fine(player.ask("GET", "api"))
+    assert about["model"]["version"] == "1"
+    assert about["model"]["frame_size"] == SIZE
+    assert [slot["entity"] for slot in about["model"]["slots"]] == [0, None, 1]
+    assert about["model"]["slots"][0]["arrows"] == ["up", "right", "down", "left", "still"]
+    paths = fine(player.ask("GET", "openapi.json"))["paths"]
+    assert {"/api/infer", "/api/rollout", "/api/edit", "/api/sessions/{name}/step"} <= set(paths)
+
+
+def test_who_has_no_token_gets_nothing_but_health(player: Played) -> None:
+    assert fine(player.ask("GET", "health", token=None)) == {"status": "ok"}
+    for path in ("", "api", "openapi.json", "main.js", "api/sessions/x"):
+        refused = player.ask("GET", path, token="another-token-of-length")
+        assert refused.status_code == 401, path
+        assert refused.json()["fix"]
+    let_in = player.ask("GET", f"?token={TOKEN}", token=None)
+    assert let_in.status_code == 303
+    cookie = {"Cookie": let_in.headers["set-cookie"].partition(";")[0]}
+    assert fine(player.ask("GET", "api", token=None, headers=cookie))["model"]["address"] == f"models:/{NAME}@champion"
+
+
+def test_infer_rollout_and_edit_are_the_models(player: Played) -> None:
+    model, sent = flam_core.load(player.models[0]), clip()
+    found = fine(player.ask("POST", "api/infer", json={"frames": frames_to_text(sent)}))
+    slots = model.slots(model.encode(torch.from_numpy(sent[None])))[0]
+    actions = model.infer_actions(slots)
+    assert np.array_equal(np.float32(found["actions"]), actions[0].numpy())
+    assert found["codes"] == some_actions(0).nearest(actions[0]).tolist()
+
+    body = {"frames": frames_to_text(sent[:1]), "actions": found["actions"]}
+    drawn = fine(player.ask("POST", "api/rollout", json=body))
+    wanted = (model.rollout(torch.from_numpy(sent[None, :1]), actions, "frames")[0] * 255).round().to(torch.uint8)
+    assert np.array_equal(frames_from_text(drawn["frames"], 16), wanted.numpy())
+
+    put = {"kind": "prior", "seed": 3}
+    edited = fine(player.ask("POST", "api/edit", json={"frames": frames_to_text(sent), "slot": 1, "put": put}))
+    film = generate.edit(model, torch.from_numpy(sent), 1, 4, 1, generate.prior(3), feedback="frames")
+    assert np.array_equal(frames_from_text(edited["frames"], 16), film.frames.numpy())
+    assert np.array_equal(np.float32(edited["actions"]), film.actions.numpy())
+
+
+def test_requests_that_come_at_once_go_together_or_are_told_to_come_again(player: Played) -> None:
+    sent = {"frames": frames_to_text(clip(16))}
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: player.ask("POST", "api/infer", json=sent), range(48)))
+    by_status = {status: [one for one in answers if one.status_code == status] for status in (200, 503)}
+    assert sum(map(len, by_status.values())) == 48
+    assert by_status[200]
+    assert len({one.text for one in by_status[200]}) <= 8  # batches differ in the last bits, requests do not mix
+    for refused in by_status[503]:
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"] == "the server is busy"
+    assert player.ask("GET", "health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "what"),
+    [
+        ("infer", {"frames": frames_to_text(clip(17))}, 422, "16 are the limit"),
+        ("infer", {"frames": frames_to_text(clip(2, size=16))}, 422, "16x16 pixels"),
+        ("infer", {"frames": frames_to_text(clip(1))}, 422, "body.frames"),
+        ("infer", {"frames": ["AAAA", "AAAA"]}, 422, "not a PNG"),
+        ("rollout", {"frames": frames_to_text(clip(1)), "actions": [[[0.0]]]}, 422, "[1, 1, 1]"),
+        ("rollout", {"frames": frames_to_text(clip(1)), "actions": [[[0.0], [0.0, 1.0]]]}, 422, "different lengths"),
+        ("rollout", {"frames": frames_to_text(clip(3)), "actions": [[[0.0] * 4] * SLOTS] * 2}, 422, "0 steps"),
+        ("edit", {"frames": frames_to_text(clip()), "slot": 3, "put": {"kind": "prior"}}, 422, "no slot 3"),
+        ("edit", {"frames": frames_to_text(clip()), "slot": 0, "put": {"kind": "code", "code": 9}}, 422, "no code 9"),
+        ("infer", {"frames": ["A" * 1_100_000] * 2}, 413, "more than 1 MB"),
+        ("sessions/none/step", {}, 404, "no such scene"),
+    ],
+)
+def test_bad_input_is_one_clear_error(player: Played, path: str, body: dict, status: int, what: str) -> None:
+    refused = player.ask("POST", f"api/{path}", json=body)
+    assert refused.status_code == status, refused.text
+    assert set(refused.json()) == {"error", "fix"}
+    assert what in refused.json()["error"]
+
+
+def test_a_played_scene_is_what_generate_makes_of_its_actions(player: Played, tmp_path: Path) -> None:
+    scene = begin(player, clip=1, seed=4)
+    path, shown = f"api/sessions/{scene['session']}", []
+    for body in ({"slot": 0, "arrow": "up"}, {"slot": 1, "code": 2, "others": "prior"}, {}):
+        shown.append(fine(player.ask("POST", f"{path}/step", json=body))["sides"][0]["frame"])
+    for side, model in enumerate((player.models[0], player.models[2])):
+        kept = tmp_path / f"side{side}" / "actions.json"
+        kept.parent.mkdir()
+        kept.write_bytes(player.ask("GET", f"{path}/actions.json?side={side}").content)
+        if side == 0:  # the program itself, once
+            words = ["generate", str(model), "--mode", "replay", "--actions", str(kept), "--data", str(player.data)]
+            out = tmp_path / "out"
+            done = run_job([*words, "--clip_index", "1", "--out", str(out)], environment(), tmp_path)
+            assert done.returncode == 0, said(done)
+            frames = np.load(out / "frames.npz")["film_0"]
+            assert np.array_equal(frames, frames_from_text(shown, 16))
+        assert json.loads(kept.read_text())["source"]["clip"].startswith(str(player.data))
+    end(player, scene)
+    gone = player.ask("GET", path)
+    assert gone.status_code == 404
+    assert gone.json()["fix"] == "Begin another."
+
+
+def test_there_is_room_for_so_many_scenes(player: Played) -> None:
+    scenes = [begin(player) for _ in range(4)]
+    refused = player.ask("POST", "api/sessions", json={})
+    assert refused.status_code == 503
+    assert "all 4 places" in refused.json()["error"]
+    for scene in scenes:
+        end(player, scene)
+    end(player, begin(player))
+
+
+def test_a_moved_alias_is_followed_and_running_scenes_keep_their_model(player: Played) -> None:
+    scene = begin(player)
+    path = f"api/sessions/{scene['session']}"
+    try:
+        player.champion("2")
+        deadline = time.monotonic() + 120
+        while fine(player.ask("GET", "api"))["model"]["version"] != "2":
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        moved = fine(player.ask("POST", f"{path}/step", json={"slot": 0, "code": 1}))
+        assert moved["newest"] == "2"
+        kept = json.loads(player.ask("GET", f"{path}/actions.json").content)
+        actions = load_actions(player.models[0])
+        assert actions is not None
+        assert np.array_equal(np.float32(kept["films"][0]["actions"][0][0]), actions.vectors[0][1].numpy())
+        anew = fine(player.ask("POST", f"{path}/reset", json={}))
+        assert anew["models"][0]["version"] == "2"
+        assert anew["session"] == scene["session"]
+    finally:
+        player.champion("1")
+        end(player, scene)
+    while fine(player.ask("GET", "api"))["model"]["version"] != "1":
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.3)
+
+
+def test_no_request_brings_it_down(player: Played) -> None:
+    schema = schemathesis.openapi.from_dict(fine(player.ask("GET", "openapi.json")))
+    scene = begin(player)
+    statuses: dict[str, set[int]] = {}
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        strategy = operation.as_strategy() | operation.as_strategy(GenerationMode.NEGATIVE)
+
+        @settings(
+            max_examples=FUZZ, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
+        )
+        @given(case=strategy)
+        def fuzz(case: schemathesis.Case) -> None:
+            if case.method.upper() != "DELETE" and "name" in case.path_parameters:
+                case.path_parameters["name"] = scene["session"]
+            answer = case.call(base_url=player.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120)
+            statuses.setdefault(case.operation.label, set()).add(answer.status_code)
+            # 503: the places of the server are all taken, which is no fault.
+            assert answer.status_code < 500 or answer.status_code == 503, answer.text
+            if answer.status_code >= 400:
+                assert set(answer.json()) == {"error", "fix"}
+            case.validate_response(answer, checks=[response_schema_conformance])
+            if case.operation.label == "POST /api/sessions" and answer.status_code == 201:
+                end(player, answer.json())
+
+        fuzz()
+    end(player, scene)
+    assert len(statuses) == 13
+    assert {200, 422} <= statuses["POST /api/sessions/{name}/step"]
+    assert player.ask("GET", "health").status_code == 200
+
+
+def test_what_is_no_model_of_flam_ends_with_one_line(player: Played, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (port,) = free_ports(1)
+    words = [sys.executable, "jobs/play.py", str(tmp_path / "model"), "--data", str(player.data), "--port", str(port)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(words, cwd=root, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 4, said(done)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("flam: error:")]
+    assert len(errors) == 1
+    assert "model.safetensors is missing" in errors[0]
