@@ -21,6 +21,9 @@ class PolicyConfig:
     know; two show which way things move, and also what the expert did last, which a policy is quick to repeat."""
     steps: int = 1500
     """Gradient steps of each policy, however many labels it has."""
+    looks: int = 15
+    """How often in these steps a policy is tried on a tenth of its true labels, which it does not learn from; the one
+    that did best is taken. A thousand labels are learnt by heart in far fewer steps than a million. 0: the last one."""
     batch: int = 64
     """Frames of a step."""
     learning_rate: float = 1e-3
@@ -43,6 +46,8 @@ class PolicyConfig:
         for name in ("hidden", "stack", "steps", "batch", "decoder_hidden"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"policy.{name} = {getattr(self, name)}", fix="It must be at least 1.")
+        if self.looks < 0:
+            raise SettingsError(f"policy.looks = {self.looks}", fix="Use 0 or more.")
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise SettingsError(
                 f"policy.learning_rate = {self.learning_rate}, policy.weight_decay = {self.weight_decay}",

@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from flam_core.errors import EnvironmentFault, SettingsError, unpack
+from flam_core.errors import EnvironmentFault, FlamError, SettingsError, unpack
 from services.player.deployments import Door, Inference, Scenes
 from services.player.guard import Access
 from services.player.settings import Binding, PlayerSettings
@@ -136,10 +136,13 @@ def _connect(binding: Binding) -> bool:
             include_dashboard=False,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except FlamError:
+        raise
+    except Exception as error:  # a machine that is too busy makes Ray raise just that
+        where = f"no Ray cluster at {address} takes this program" if address else "Ray does not start on this machine"
         raise EnvironmentFault(
-            f"no Ray cluster at {address} takes this program: {str(error).splitlines()[0]}",
-            fix="Check --address or RAY_ADDRESS, and that Ray has the same version there.",
+            f"{where}: {str(error).splitlines()[0]}",
+            fix="Check --address or RAY_ADDRESS, and that Ray has the same version there; or wait until there are cores.",
         ) from error
     return True
 

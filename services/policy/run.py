@@ -36,6 +36,7 @@ from services.study.tasks import Results, ray_for, refuse_broken, result_of, sou
 _ALL = 1 << 40
 _OBJECT_STORE = 256 << 20
 _HEADROOM = 1.3
+_MOST_HELD_OUT = 1000
 
 
 def run_policies(
@@ -172,8 +173,8 @@ def measure_cell(
         player = expert_player if cell.method == "expert" else random_player(world.choices, cell.seed)
     else:
         train, test = data
-        chosen, targets, found = _labelled(settings, cell, train, world.choices, latents)
-        policy = clone(train, chosen, targets, settings.policy, cell.seed, _device(settings))
+        held_out, chosen, targets, found = _labelled(settings, cell, train, world.choices, latents)
+        policy = clone(train, chosen, targets, settings.policy, cell.seed, _device(settings), held_out)
         right = top_actions(policy, test, np.arange(len(test.actions))) == test.actions
         result |= {**found, "policy_accuracy": float(right.mean()), "transitions": len(train.actions)}
         player = network_player(policy, cell.seed)
@@ -188,21 +189,26 @@ def measure_cell(
 
 def _labelled(
     settings: PolicySettings, cell: Cell, train: Demonstrations, choices: int, latents: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Which transitions int64 [n] are learnt from, the probability of each action float32 [n, choices] there, and what
-    is to be told of that. Labels of fewer are among those of more, and the same for all methods."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """Which transitions int64 [m] decide when to stop and which [n] are learnt from, the probability of each action
+    float32 [n, choices] there, and what is to be told of that.
+
+    Labels of fewer are among those of more, and the same for all methods.
+    """
     truth = np.eye(choices, dtype=np.float32)[train.actions]
-    if cell.method == "bc-all":
-        return np.arange(len(truth)), truth, {}
     order = np.random.default_rng((cell.seed, 4)).permutation(len(truth))
+    if cell.method == "bc-all":
+        held_out, learnt = _kept_back(order)
+        return held_out, learnt, truth[learnt], {}
     if cell.labels is None or cell.labels > len(order):
         raise DataError(
             f"{cell.labels} labels asked for, but {cell.env} has {len(order)} transitions to learn from",
             fix="Record more episodes (--episodes, --frames) or ask for fewer labels.",
         )
     known, unknown = np.split(order, [cell.labels])
+    held_out, learnt = _kept_back(known)
     if latents is None:
-        return known, truth[known], {}
+        return held_out, learnt, truth[learnt], {}
     decoder = fit_decoder(latents[known], train.actions[known], choices, settings.policy, cell.seed)
     guessed = decoder.probabilities(latents[unknown])
     best = guessed.argmax(axis=1)
@@ -210,7 +216,13 @@ def _labelled(
     if settings.policy.pseudo == "hard":
         guessed = np.eye(choices, dtype=np.float32)[best]
     found = {"label_accuracy": accuracy, "slot": decoder.slot, "slot_accuracy": list(decoder.accuracy)}
-    return np.concatenate([known, unknown]), np.concatenate([truth[known], guessed]), found
+    return held_out, np.concatenate([learnt, unknown]), np.concatenate([truth[learnt], guessed]), found
+
+
+def _kept_back(labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of labelled transitions in random order those that decide when to stop, and the rest."""
+    count = min(_MOST_HELD_OUT, len(labelled) // 10)
+    return labelled[:count], labelled[count:]
 
 
 def _device(settings: PolicySettings) -> torch.device:

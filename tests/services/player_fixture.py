@@ -116,7 +116,7 @@ def played(place: Path) -> Iterator[Played]:
         kill_group(process)
 
 
-def _wait(process: subprocess.Popen[bytes], log: Path, seconds: float = 280) -> None:
+def _wait(process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while f"?token={TOKEN}" not in log.read_text():
         if process.poll() is not None or time.monotonic() > deadline:

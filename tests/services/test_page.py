@@ -28,6 +28,7 @@ from tests.services.player_fixture import SIZE, SLOTS, TOKEN, Played, some_actio
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # the start of the player is in the first test's time
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (infra/chromium/install.sh)"),
 ]
 _PIXELS = """(number) => {

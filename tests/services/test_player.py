@@ -26,7 +26,7 @@ from services.player.wire import frames_from_text, frames_to_text
 from tests.services.conftest import environment, free_ports, run_job, said
 from tests.services.player_fixture import NAME, SIZE, SLOTS, TOKEN, Played, some_actions
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # its start is in the first test's time
 FUZZ = 15
 """Examples of each operation, well-formed and not."""
 
@@ -224,7 +224,7 @@ def test_what_is_no_model_of_flam_ends_with_one_line(player: Played, tmp_path: P
     (port,) = free_ports(1)
     words = [sys.executable, "jobs/play.py", str(tmp_path / "model"), "--data", str(player.data), "--port", str(port)]
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(words, cwd=root, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(words, cwd=root, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 4, said(done)
     errors = [line for line in done.stderr.splitlines() if line.startswith("flam: error:")]
     assert len(errors) == 1

@@ -15,6 +15,7 @@ from flam_core.model import Flam
 from flam_core.policy import (
     Demonstrations,
     PolicyConfig,
+    PolicyNetwork,
     clone,
     expert_player,
     fit_decoder,
@@ -311,3 +312,19 @@ def test_settings_that_cannot_work_are_refused() -> None:
     deep = PolicyConfig(channels=(8,) * 5, steps=1)
     with pytest.raises(SettingsError, match="5 stages"):
         clone(seen, np.arange(4), np.eye(5, dtype=np.float32)[seen.actions], deep, 0, CPU)
+
+
+def test_the_policy_that_does_best_on_held_out_labels_is_taken() -> None:
+    seen = demonstrations(SMALL, 6, 33)
+    chosen, held_out = np.arange(20), np.arange(100, 190)
+    targets = np.eye(5, dtype=np.float32)[seen.actions[chosen]]
+    by_heart = PolicyConfig(channels=(8,), hidden=32, steps=120, looks=12, learning_rate=1e-2, precision="fp32")
+
+    def loss(policy: PolicyNetwork) -> float:
+        with torch.no_grad():
+            logits = policy(torch.from_numpy(seen.stacked(held_out, 1)))
+        return torch.nn.functional.cross_entropy(logits, torch.from_numpy(seen.actions[held_out])).item()
+
+    last = clone(seen, chosen, targets, by_heart, 0, CPU)
+    best = clone(seen, chosen, targets, by_heart, 0, CPU, held_out)
+    assert loss(best) < loss(last) - 0.1, (loss(best), loss(last))
