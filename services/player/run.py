@@ -142,7 +142,7 @@ def _connect(binding: Binding) -> bool:
         where = f"no Ray cluster at {address} takes this program" if address else "Ray does not start on this machine"
         raise EnvironmentFault(
             f"{where}: {str(error).splitlines()[0]}",
-            fix="Check --address or RAY_ADDRESS, and that Ray has the same version there; or wait until there are cores.",
+            fix="Check --address or RAY_ADDRESS, and that Ray has the same version there; or wait for free cores.",
         ) from error
     return True
 

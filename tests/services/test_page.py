@@ -174,7 +174,7 @@ def test_it_runs_records_and_comes_back(page: Page, player: Played) -> None:
     until(page, "Number(document.body.dataset.step) >= 5")
     page.keyboard.press("p")
     until(page, "document.getElementById('run').ariaPressed === 'false'")
-    page.wait_for_timeout(300)
+    until(page, "document.body.ariaBusy === 'false'")
     step = int(page.evaluate("document.body.dataset.step"))
     with page.expect_download() as saved:
         page.keyboard.press("g")

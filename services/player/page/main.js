@@ -35,6 +35,7 @@ async function ask(work) {
     return;
   }
   asking = true;
+  document.body.ariaBusy = "true";
   try {
     for (let current = work; current; current = next) {
       next = null;
@@ -48,6 +49,7 @@ async function ask(work) {
     else say(error.message, true);
   } finally {
     asking = false;
+    document.body.ariaBusy = "false";
   }
 }
 
@@ -345,12 +347,15 @@ function record() {
     say("Recording: press again to save.");
     return;
   }
-  const since = Math.min(setRecording(false), state.scene.step);
-  const link = document.createElement("a");
-  link.href = api.filmPath(state.scene.session, since);
-  link.download = `scene-${state.scene.clip + 1}.gif`;
-  link.click();
-  say(`${state.scene.step - since + 1} frames saved.`);
+  // When the step that is being taken is there.
+  ask(async () => {
+    const since = Math.min(setRecording(false), state.scene.step);
+    const link = document.createElement("a");
+    link.href = api.filmPath(state.scene.session, since);
+    link.download = `scene-${state.scene.clip + 1}.gif`;
+    link.click();
+    say(`${state.scene.step - since + 1} frames saved.`);
+  });
 }
 
 const again = () => reset(state.scene.clip, state.scene.seed);
