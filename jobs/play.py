@@ -10,7 +10,6 @@ keys, the API and what to know of security.
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Serve until told to end."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"starting the player of {arguments.settings.model} ...", flush=True)
     with suppress(KeyboardInterrupt), player(arguments.settings, arguments.binding) as place:
         print(f"open {place.link}  (Ctrl-C ends it)", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -80,7 +81,10 @@ def player(settings: PlayerSettings, binding: Binding) -> Iterator[Place]:
 
 
 def wait() -> None:
-    """Until the program is told to end."""
+    """Until the program is told to end, by SIGINT or SIGTERM: then raises KeyboardInterrupt."""
+    # A shell that starts it in the background lets it ignore the one, and Ray has put its own for the other.
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.default_int_handler)
     threading.Event().wait()
 
 

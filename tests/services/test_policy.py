@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flam_core.errors import SettingsError
+from services.policy import PolicySettings, policy_cells
 from tests.services.conftest import environment, run_job, said
 
 pytestmark = pytest.mark.timeout(600)
@@ -66,15 +69,23 @@ def test_the_protocol_runs_goes_on_and_writes_its_table(tmp_path: Path) -> None:
         assert row["return"]["mean"] == pytest.approx(cell["return"])
 
 
-def test_bad_input_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    for words, expected in (
-        (["--envs", "maze"], "Choose of grid, bigfish, starpilot"),
-        (["--labels", "1000"], "1000 labels, but grid has at most 992"),
-        (["--labels", "100", "--walls", "20"], "goal: 20 walls"),
-    ):
-        done = run_job([*POLICY, *words], environment(), tmp_path)
-        assert done.returncode == 2, said(done)
-        assert expected in done.stderr
-    missing = run_job([*POLICY, "--labels", "100", "--model", "nowhere"], environment(), tmp_path)
-    assert missing.returncode == 4, said(missing)
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"envs": ("maze",)}, "Choose of grid, bigfish, starpilot"),
+        ({"methods": ("ppo",)}, "Choose of flam, bc"),
+        ({"labels": (1000,), "episodes": 40, "frames": 32}, "1000 labels, but grid has at most 992"),
+        ({"labels": (10,)}, "at least 50"),
+        ({"walls": 20}, "goal: 20 walls"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(sizes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SettingsError, match=expected):
+        policy_cells(PolicySettings(**sizes))
+
+
+def test_a_model_that_is_not_there_ends_the_program_before_anything_starts(tmp_path: Path) -> None:
+    done = run_job([*POLICY, "--labels", "100", "--model", "nowhere"], environment(), tmp_path)
+    assert done.returncode == 4, said(done)
+    assert "no model at nowhere" in done.stderr
     assert not (tmp_path / "outputs").exists()
