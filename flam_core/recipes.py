@@ -13,8 +13,8 @@ from flam_core.errors import SettingsError
 def tiny() -> Config:
     """The main job in miniature: three agents on a 6x6 grid, 48 px.
 
-    Command: `make train`. Hardware: 2 CPU cores, below 6 GiB. docs/devlog.md has score and time for three seeds, and
-    why the settings that depart from the paper are as they are.
+    Command: `make train`. Hardware: 2 CPU cores, below 6 GiB. docs/devlog.md has score and time for three seeds, before
+    `tokenizer.chessboard` was on, and why the settings that depart from the paper are as they are.
     """
     return Config(
         recipe="tiny",
