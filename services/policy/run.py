@@ -31,7 +31,7 @@ from flam_core.policy import (
 from flam_core.saved_model import WEIGHTS, save_model
 from services.policy.plan import CLONED, Cell, PolicySettings, data_name, flam_config, world_of
 from services.storage import resolve
-from services.study.tasks import Results, ray_for, refuse_broken, result_of, source_of, train_here
+from services.study.tasks import Results, as_they_finish, ray_for, refuse_broken, source_of, train_here
 
 _ALL = 1 << 40
 _OBJECT_STORE = 256 << 20
@@ -94,14 +94,8 @@ def _run(
         known = seen[env] if cell.method in CLONED else None
         inferred = latents[key] if cell.method == "flam" else None
         running[measure.remote(settings, folder, cell, known, inferred)] = cell
-    done, begun = 0, time.monotonic()
-    while running:
-        (first,), _ = ray.wait(list(running), num_returns=1)
-        cell = running.pop(first)
-        result = result_of(first)
-        done += 1
-        left = (time.monotonic() - begun) / done * len(running) / 60
-        say(f"{cell.name}: {_said(result)}; {len(running)} to go, about {left:.0f} min")
+    for cell, result, left in as_they_finish(running):
+        say(f"{cell.name}: {_said(result)}; {left}")
         results.show(cell.name, result)
         yield cell, result
 

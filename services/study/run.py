@@ -22,7 +22,7 @@ from flam_core.saved_model import save_model, weights_to_bytes
 from flam_core.worlds import make_world
 from services.storage import resolve
 from services.study.plan import FRAMES, Cell, StudySettings, data_digest, world_options
-from services.study.tasks import Results, ray_for, refuse_broken, result_of, source_of, train_here, write_whole
+from services.study.tasks import Results, as_they_finish, ray_for, refuse_broken, source_of, train_here, write_whole
 from services.training.held_out import evaluate_on
 
 _TRAINING_FAILED = 5
@@ -68,14 +68,8 @@ def _run(
         if key not in tokenizers:
             tokenizers[key] = fit.remote(settings, folder, cell.agents, tokenizer, data[cell.agents])
         running[train.remote(settings, folder, cell, tokenizers[key], data[cell.agents])] = cell
-    done, begun = 0, time.monotonic()
-    while running:
-        (first,), _ = ray.wait(list(running), num_returns=1)
-        cell = running.pop(first)
-        result = result_of(first)
-        done += 1
-        left = (time.monotonic() - begun) / done * len(running) / 60
-        say(f"{cell.name}: {_said(result)}; {len(running)} to go, about {left:.0f} min")
+    for cell, result, left in as_they_finish(running):
+        say(f"{cell.name}: {_said(result)}; {left}")
         results.show(cell.name, result)
         yield cell, result
 

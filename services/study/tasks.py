@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -23,6 +24,7 @@ from services.feed.prefetch import memory_for
 from services.storage import resolve
 from services.training.data import stage_plans
 
+CellT = TypeVar("CellT")
 _SAY_EVERY = 200
 
 
@@ -57,6 +59,18 @@ def result_of(reference: Any) -> Any:
         if cause is None:
             raise
         raise cause from error
+
+
+def as_they_finish(running: Mapping[Any, CellT]) -> Iterator[tuple[CellT, Any, str]]:
+    """Each cell whose task has ended, with what it gave and, in words, how many are to go and for how long. `running`
+    has the cells by their tasks. Raises as `result_of`."""
+    left, begun = dict(running), time.monotonic()
+    while left:
+        (first,), _ = ray.wait(list(left), num_returns=1)
+        cell = left.pop(first)
+        result = result_of(first)
+        minutes = (time.monotonic() - begun) / (len(running) - len(left)) * len(left) / 60
+        yield cell, result, f"{len(left)} to go, about {minutes:.0f} min"
 
 
 class Results:
