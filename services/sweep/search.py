@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
@@ -140,7 +140,9 @@ class StudySearch(Searcher):
         """Of the trials that have ended, by name."""
         # What a driver that was killed had asked for comes first.
         for unfinished in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._begin(unfinished.number, unfinished.params)
+            # As `ask` leaves it: what was written down of it stays, and a driver killed within `ask` left the rest.
+            asked = optuna.trial.Trial(study, unfinished._trial_id)
+            self._begin(asked.number, _suggested(asked, self._distributions))
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial's config; FINISHED when there is none left."""
@@ -178,8 +180,8 @@ class StudySearch(Searcher):
         """Take another point from the study; whether there was one."""
         if not self._more():
             return False
-        asked = self._study.ask(self._distributions)
-        self._begin(asked.number, asked.params)
+        asked = self._study.ask()
+        self._begin(asked.number, _suggested(asked, self._distributions))
         return True
 
     def _begin(self, number: int, parameters: Mapping[str, Any]) -> None:
@@ -215,13 +217,18 @@ class StudySearch(Searcher):
         self._study.tell(one.number, [mean(found[goal.metric] for found in one.values) for goal in self._goals])
 
 
-def _distributions(space: Space, base: Config) -> dict[str, BaseDistribution]:
+def _distributions(space: Space, base: Config) -> dict[str, CategoricalDistribution]:
     """Of each setting with values of its own, those. FSQ levels are words, as Optuna stores no tuples."""
     return {
         name: CategoricalDistribution([_word(value) for value in values])
         for name, values in space.choices(base).items()
         if values
     }
+
+
+def _suggested(asked: optuna.trial.Trial, distributions: Mapping[str, CategoricalDistribution]) -> dict[str, Any]:
+    """The value of each setting, from the storage where it is there already."""
+    return {name: asked.suggest_categorical(name, one.choices) for name, one in distributions.items()}
 
 
 def _word(value: Any) -> Any:

@@ -180,6 +180,24 @@ def test_tpe_asks_for_so_many_points_and_no_more(storage: str) -> None:
     assert len(records) <= 5  # a point that is asked for twice is trained once
 
 
+@pytest.mark.parametrize("written", [(), ("factors",)], ids=["nothing", "one setting"])
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+def test_a_driver_killed_within_ask_loses_no_point(storage: str, search: Any, written: tuple[str, ...]) -> None:
+    settings = SweepSettings(search=search, points=0 if search == "grid" else 2)
+    space = Space((2, 4), (0, 8), fsq=((8, 8, 8), (4, 4)))
+    expected = 8 if search == "grid" else 2
+    driver = Driver(storage, settings, space, {})
+    asked = driver.study.ask()
+    for name in written:
+        asked.suggest_categorical(name, (2, 4))
+    driver = Driver(storage, settings, space, {})
+    while (found := driver.next())[1]:
+        driver.search.on_trial_complete(found[0], {})
+    states = [one.state for one in driver.study.get_trials()]
+    assert states == [optuna.trial.TrialState.COMPLETE] * expected
+    assert len(driver.records) == expected or search == "tpe"
+
+
 def test_a_point_none_of_whose_trials_was_measured_has_failed(storage: str) -> None:
     driver = Driver(storage, SweepSettings(), Space((2,)), {})
     name, one = driver.next()
