@@ -139,6 +139,10 @@ class ModelConfig:
     """Total width of the latent actions, shared out evenly: latent_width / factors a slot."""
     initial_log_variance: float = -5.0
     """Of the posterior. From 0 the noise drowns the mean and the KL collapses (docs/devlog.md)."""
+    log_variance_gain: float = 1.0
+    """How much faster than other outputs the posterior's log-variance learns. Adam moves a weight by about the learning
+    rate a step, whatever the gradient: in a few thousand steps a log-variance hardly leaves where it starts, and beta
+    does next to nothing (docs/devlog.md)."""
     codebook: int = 16
     """Codes of the VQ latent action."""
     commitment: float = 0.25

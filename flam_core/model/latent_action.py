@@ -38,7 +38,11 @@ class GaussianLatent(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head = nn.Linear(config.width, 2 * config.action_dim)
+        self.gain = config.log_variance_gain
         nn.init.constant_(self.head.bias[config.action_dim :], config.initial_log_variance)
+        with torch.no_grad():  # the gain is of what is learnt: at the start it makes no difference
+            self.head.weight[config.action_dim :] /= self.gain
+            self.head.bias[config.action_dim :] /= self.gain
         self.places: tuple[Tensor, int] | None = None
         """Which clips int64 [B] of a larger batch, of how many, the next batch holds: it then gets the noise that they
         would get in the larger one, however that is shared out. None: the batch is a whole one."""
@@ -46,7 +50,7 @@ class GaussianLatent(nn.Module):
     def forward(self, h: Tensor) -> LatentActions:
         """From the inverse dynamics' output [B, T - 1, K, D]."""
         mean, log_variance = self.head(h).float().chunk(2, dim=-1)
-        log_variance = log_variance.clamp(-12.0, 4.0)
+        log_variance = (self.gain * log_variance).clamp(-12.0, 4.0)
         sample = mean + self._noise(mean) * (0.5 * log_variance).exp()
         kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum(dim=-1)
         return LatentActions(sample, mean, kl)

@@ -1,12 +1,10 @@
-"""An S3 server on this machine for benchmarks: moto's, where it is installed (extra `dev`)."""
+"""An S3 server on this machine while a benchmark runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from contextlib import contextmanager
 import boto3
 
 from flam_core.errors import EnvironmentFault
+from services.local.s3 import s3_command
 
 _ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "bench",
@@ -21,13 +20,7 @@ _ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-_START = "import sys; from moto.server import main; main(sys.argv[1:])"
 _SECONDS = 60.0
-
-
-def installed() -> bool:
-    """Whether there is a server to start."""
-    return importlib.util.find_spec("moto") is not None and importlib.util.find_spec("flask") is not None
 
 
 @contextmanager
@@ -36,11 +29,7 @@ def running() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-c", _START, "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    server = subprocess.Popen(s3_command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = dict(os.environ)
     os.environ.update(_ENVIRONMENT, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
     try:

@@ -16,13 +16,14 @@ from pathlib import Path
 import mlflow
 import numpy as np
 from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
 from flam_core.errors import DataError, EnvironmentFault
 from flam_core.saved_model import CONFIG, WEIGHTS
-from services.tracking.server import RunInfo, check_server, default_tracking_uri, refusals
+from services.tracking.server import BATCH, RunInfo, check_server, default_tracking_uri, refusals
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _REQUIREMENTS = ("torch", "safetensors", "einops", "numpy", "mlflow")
@@ -64,9 +65,11 @@ def _register(
     )
     # MLflow warns that it can make no signature from types; one is given. It insists ("once"), so its warnings are
     # recorded instead of filtered.
-    with mlflow.start_run(run_id=run.run_id), warnings.catch_warnings(record=True):
+    of = client.get_run(run.run_id)
+    made = client.create_logged_model(of.info.experiment_id, "model", run.run_id, params=of.data.params)
+    with warnings.catch_warnings(record=True):
         info = mlflow.pyfunc.log_model(
-            name="model",
+            model_id=made.model_id,
             python_model=str(_CODE),
             artifacts={"flam": str(folder)},
             signature=ModelSignature(Schema([spec]), Schema([output]), params),
@@ -74,6 +77,12 @@ def _register(
             pip_requirements=[f"{p}=={importlib.metadata.version(p).split('+')[0]}" for p in _REQUIREMENTS],
             code_paths=[str(Path(__file__).parents[2] / "flam_core")],
         )
+    # With a run open, log_model would copy the run's metrics to the model by one request each: some 700, and a server
+    # with passwords takes a good part of a second for each.
+    client.log_outputs(run.run_id, [LoggedModelOutput(made.model_id, step=0)])
+    points = [_of_model(one, made.model_id) for one in of.data._metric_objs if one.step == 0]
+    for start in range(0, len(points), BATCH):
+        client.log_batch(run.run_id, metrics=points[start : start + BATCH])
     client.set_registered_model_tag(_ensure_model(client, name), "source", "flam")
     version = client.create_model_version(
         name,
@@ -84,6 +93,11 @@ def _register(
     )
     client.set_registered_model_alias(name, "candidate", version.version)
     return str(version.version)
+
+
+def _of_model(metric: Metric, model: str) -> Metric:
+    """The same point of the same run, shown with a model as well."""
+    return Metric(metric.key, metric.value, metric.timestamp, metric.step, model_id=model)
 
 
 def nominate(tracking_uri: str, name: str, run: str) -> str | None:

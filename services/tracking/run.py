@@ -16,10 +16,9 @@ import mlflow
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 
 from flam_core.errors import EnvironmentFault
-from services.tracking.server import STEP_METRIC, RunInfo, check_server, named, refusals
+from services.tracking.server import BATCH, STEP_METRIC, RunInfo, check_server, named, refusals
 
 _RUN_TAG = "flam.run_id"
-_BATCH = 900  # MLflow takes at most 1,000 metrics a call
 
 
 def open_run(
@@ -119,8 +118,8 @@ class TrackedRun:
         with refusals(self.info.tracking_uri, "does not take metrics"):
             known = self._client.get_run(self.info.run_id).data.metrics
             batch = [Metric(key, value, now, 0) for key, value in named(metrics).items() if again or key not in known]
-            for start in range(0, len(batch), _BATCH):
-                self._client.log_batch(self.info.run_id, metrics=batch[start : start + _BATCH])
+            for start in range(0, len(batch), BATCH):
+                self._client.log_batch(self.info.run_id, metrics=batch[start : start + BATCH])
 
     def artifacts(self, folder: Path, path: str, *, leave_out: Collection[str] = ()) -> None:
         """Upload the files of a folder, but those that `leave_out` names, as artifacts below `path`."""

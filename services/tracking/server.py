@@ -15,6 +15,8 @@ import requests
 
 from flam_core.errors import EnvironmentFault, SettingsError
 
+BATCH = 900
+"""Metrics in one call: MLflow takes at most 1,000."""
 STEP_METRIC = "progress/step"
 PARENT = "mlflow.parentRunId"
 """MLflow's tag of a run that is shown below another."""

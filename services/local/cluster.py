@@ -1,0 +1,182 @@
+"""Starts the parts of a local cluster, and stops exactly what it started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import requests
+
+from flam_core.errors import EnvironmentFault
+from services.local.parts import BUCKET, Layout, Part, parts_of, settled_ports
+from services.local.secrets import secrets_of
+from services.local.settings import LocalSettings
+
+ENV_FILE = "env"
+_STATE = "state.json"
+_READY_SECONDS = 180.0
+_END_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A part that was started."""
+
+    name: str
+    pid: int
+    created: float
+    """When its process began, by the system: another process may have its pid by now."""
+    url: str
+    log: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process() is not None
+
+    def process(self) -> psutil.Process | None:
+        """Its process, unless it has ended."""
+        with suppress(psutil.Error):
+            found = psutil.Process(self.pid)
+            if abs(found.create_time() - self.created) < 1 and found.status() != psutil.STATUS_ZOMBIE:
+                return found
+        return None
+
+
+def running(folder: Path) -> list[Running]:
+    """What was started from `folder` and not taken down, whether it still runs or not."""
+    place = folder / _STATE
+    return [Running(**one) for one in json.loads(place.read_text())] if place.exists() else []
+
+
+def bring_up(settings: LocalSettings, home: Path, say: Callable[[str], None] = print) -> list[Running]:
+    """Start all parts, or find them running; returns when each answers.
+
+    home: what relative paths in jobs mean. Raises EnvironmentFault if a port is taken, a program is missing, a part
+    does not answer (then all are stopped again) or has died since it was started.
+    """
+    folder = Path(settings.folder).absolute()
+    if known := running(folder):
+        if dead := [one for one in known if not one.alive]:
+            raise EnvironmentFault(
+                f"the cluster in {folder} was started, and {', '.join(one.name for one in dead)} has ended since: see "
+                f"{', '.join(one.log for one in dead)}",
+                fix="make cluster-down, then make cluster.",
+            )
+        return known
+    secrets = secrets_of(folder)
+    for name in ("logs", "mlflow"):
+        (folder / name).mkdir(exist_ok=True)
+    ray_files = Path("/tmp", f"flam-ray-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}")
+    shutil.rmtree(ray_files, ignore_errors=True)  # of the last time
+    layout = Layout(home.absolute(), folder, settled_ports(settings), secrets, ray_files)
+    started: list[Running] = []
+    try:
+        for part in (parts := parts_of(settings, layout)):
+            started.append(_start(part, folder / "logs" / f"{part.name}.txt"))
+            _write(folder / _STATE, json.dumps([asdict(one) for one in started], indent=1))
+        for part, one in zip(parts, started, strict=True):
+            _wait(part, one)
+            say(f"{one.name} answers at {one.url}")
+        _make_bucket(layout)
+    except BaseException:
+        take_down(folder, lambda _line: None)
+        raise
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in layout.for_users.items()]
+    _write(folder / ENV_FILE, "\n".join([*lines, ""]))
+    return started
+
+
+def take_down(folder: Path, say: Callable[[str], None] = print) -> None:
+    """End what `bring_up` started from `folder`, by pid, and nothing else. Secrets, logs, MLflow's database and
+    artifacts stay; what the S3 server had is gone."""
+    known = running(folder)
+    for one in reversed(known):
+        process = one.process()
+        if process is None:
+            say(f"{one.name} had ended already")
+            continue
+        _end(process)
+        say(f"{one.name} (pid {one.pid}) has ended")
+    for name in (_STATE, ENV_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _start(part: Part, log: Path) -> Running:
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            part.command,
+            env=part.environment,
+            cwd=part.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # it outlives this program, and Ctrl-C is not meant for it
+        )
+    try:
+        created = psutil.Process(process.pid).create_time()
+    except psutil.Error:
+        created = time.time()  # it has ended: `_wait` says so, with its log
+    return Running(part.name, process.pid, created, part.url, str(log))
+
+
+def _wait(part: Part, one: Running) -> None:
+    deadline, why = time.monotonic() + _READY_SECONDS, "it has ended"
+    while one.alive:
+        with suppress(requests.RequestException):
+            # Past a proxy of the environment, which need not know this machine's addresses.
+            if requests.get(part.health, headers=part.headers, timeout=5, proxies={"http": ""}).status_code == 200:
+                return
+        if time.monotonic() > deadline:
+            why = f"it does not answer after {_READY_SECONDS:.0f} s"
+            break
+        time.sleep(0.3)
+    lines = [line for line in Path(one.log).read_text(errors="replace").splitlines() if line.strip()]
+    last = f"; its last line: {lines[-1].strip()}" if lines else ""
+    raise EnvironmentFault(f"{one.name} did not start: {why}{last}", fix=f"See {one.log}.")
+
+
+def _make_bucket(layout: Layout) -> None:
+    client: Any = boto3.client(
+        "s3",
+        endpoint_url=layout.url("s3_port"),
+        aws_access_key_id=layout.secrets.s3_access_key,
+        aws_secret_access_key=layout.secrets.s3_secret_key,
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket=BUCKET)
+
+
+def _end(process: psutil.Process) -> None:
+    """A process and all that it started: first politely."""
+    tree = [process]
+    with suppress(psutil.Error):
+        tree += process.children(recursive=True)
+    with suppress(psutil.Error):
+        process.terminate()
+    _, left = psutil.wait_procs([process], _END_SECONDS)
+    for one in {*left, *tree}:
+        with suppress(psutil.Error):
+            one.kill()
+    psutil.wait_procs(tree, _END_SECONDS)
+
+
+def _write(place: Path, content: str) -> None:
+    """For the owner alone: the environment has passwords."""
+    part = place.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(content)
+    part.replace(place)
