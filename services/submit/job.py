@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from flam_core.errors import EnvironmentFault, SettingsError, Stopped
 from services.submit.upload import UPLOAD_LIMIT_MIB, check_upload
 
-_SECRET = re.compile(r"secret|token|password|passwd|credential|access_key", re.IGNORECASE)
+SECRET = re.compile(r"secret|token|password|passwd|credential|access_key", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Submission:
             raise SettingsError(
                 f"--address {self.address} is not the address of a dashboard", fix="It looks like http://head:8265."
             )
-        if secret := [name for name in self.variables if _SECRET.search(name)]:
+        if secret := [name for name in self.variables if SECRET.search(name)]:
             raise SettingsError(
                 f"--env {', '.join(secret)} looks like a secret, and everyone who sees the dashboard would read it",
                 fix="Give it to the cluster's nodes: as a mounted secret, or in the environment of `ray start`.",

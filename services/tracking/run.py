@@ -16,7 +16,7 @@ import mlflow
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 
 from flam_core.errors import EnvironmentFault
-from services.tracking.server import BATCH, STEP_METRIC, RunInfo, check_server, named, refusals
+from services.tracking.server import BATCH, STEP_METRIC, RunInfo, artifact_folder, check_server, named, refusals
 
 _RUN_TAG = "flam.run_id"
 
@@ -32,7 +32,9 @@ def open_run(
     with refusals(tracking_uri, "refuses to open the run", fix="Check --tracking or MLFLOW_TRACKING_URI."):
         client = mlflow.MlflowClient(tracking_uri)
         found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifacts(tracking_uri))
+        experiment_id = (
+            found.experiment_id if found else client.create_experiment(experiment, artifact_folder(tracking_uri))
+        )
         runs = client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{name}'", max_results=1)
         if runs:
             run = runs[0]
@@ -146,10 +148,3 @@ class TrackedRun:
         """End the run truly."""
         with refusals(self.info.tracking_uri, "does not end the run"):
             self._client.set_terminated(self.info.run_id, RunStatus.to_string(RunStatus.from_string(status)))
-
-
-def _artifacts(tracking_uri: str) -> str | None:
-    """Where artifacts go: a server decides for itself; beside an SQLite file lies a folder."""
-    if not tracking_uri.startswith("sqlite:///"):
-        return None
-    return str(Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")

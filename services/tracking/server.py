@@ -96,3 +96,10 @@ def check_server(tracking_uri: str) -> None:
         raise EnvironmentFault(
             f"MLflow at {tracking_uri} answers {answer.status_code}", fix="Check the address and the credentials."
         )
+
+
+def artifact_folder(tracking_uri: str) -> str | None:
+    """Where artifacts go: a server decides for itself; beside an SQLite file lies a folder."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return str(Path(tracking_uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts")

@@ -1,0 +1,102 @@
+"""What a node says of itself. Runs there, as a Ray task."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from flam_core.errors import FlamError
+from services.storage import exists, read_bytes, resolve, write_bytes
+from services.tracking.server import check_server
+
+PACKAGES = ("ray", "torch", "numpy", "pyarrow", "mlflow", "safetensors")
+_SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """Of one node."""
+
+    host: str
+    python: str
+    versions: dict[str, str]
+    """Of `PACKAGES`; "missing" where there is none."""
+    clock: float
+    """Unix time when it answered."""
+    shm_bytes: int
+    """Size of /dev/shm; 0 where there is none."""
+    disk_free: float
+    """Share of the disk below Ray's files that is free."""
+    disk_free_gb: float
+    cuda: bool
+    """Whether PyTorch was built for CUDA there."""
+    storage: str
+    """Why it cannot write, read and delete in the storage; empty if it can."""
+    tracking: str
+    """Why it does not reach MLflow; empty if it does."""
+
+
+def report(ray_files: str, storage: str, tracking: str) -> NodeReport:
+    """Of the node that this runs on."""
+    import torch
+
+    disk = shutil.disk_usage(ray_files if Path(ray_files).exists() else "/")
+    return NodeReport(
+        host=socket.gethostname(),
+        python=platform.python_version(),
+        versions=versions(),
+        clock=time.time(),
+        shm_bytes=shutil.disk_usage(_SHM).total if _SHM.exists() else 0,
+        disk_free=disk.free / disk.total,
+        disk_free_gb=disk.free / 1e9,
+        cuda=torch.version.cuda is not None,
+        storage=_why_not(lambda: write_read_delete(storage)),
+        tracking=_why_not(lambda: check_server(tracking)),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of `PACKAGES`, here."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def write_read_delete(address: str) -> None:
+    """An object at `address`, and back to as it was. Raises EnvironmentFault for what the storage refuses."""
+    from flam_core.errors import EnvironmentFault
+
+    place = resolve(address) / f".doctor-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    content = b"doctor " * 100
+    write_bytes(place, content)
+    found = read_bytes(place)
+    try:
+        place.fs.delete_file(place.path)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{place} can be written and not deleted: {str(error).splitlines()[0]}",
+            fix="Let the user delete objects there too: checkpoints that are not kept are deleted.",
+        ) from error
+    if found != content:
+        raise EnvironmentFault(f"{place} gives other bytes than were written", fix="Check the store.")
+    if exists(place):
+        raise EnvironmentFault(f"{place} is still there after it was deleted", fix="Check the store.")
+
+
+def _why_not(trial: object) -> str:
+    assert callable(trial)
+    try:
+        trial()
+    except FlamError as error:
+        return str(error)
+    return ""
