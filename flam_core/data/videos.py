@@ -27,6 +27,8 @@ SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"})
 
 # Demuxers and protocols are named, so that a playlist in a file called .mp4 cannot make FFmpeg open other addresses.
 _OPEN_OPTIONS = {"format_whitelist": "mov,mp4,matroska,webm,avi,gif", "protocol_whitelist": "file"}
+_MAX_PIXELS = 1 << 26
+"""Of a frame: 8,192 x 8,192. A file of a few bytes can claim more than there is memory for."""
 _MAX_GAP = 60.0  # seconds between frames; more is a damaged time stamp, which would be filled with copies of a frame
 _TIE = 1e-6  # seconds; time stamps in milliseconds or as fractions must not make rounding decide
 
@@ -157,6 +159,10 @@ def open_video(video: Path | BinaryIO, start: float = 0.0) -> Iterator[OpenVideo
         stream = _video_stream(container)
         if stream.codec_context is None:
             raise Unusable("no decoder for its video stream")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > _MAX_PIXELS:
+            raise Unusable(f"frames of {width} x {height} pixels, more than {_MAX_PIXELS} in all")
+        stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}  # where frames grow on the way
         stream.thread_type = "AUTO"
         rate = stream.average_rate or stream.guessed_rate
         if start > 0:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -198,12 +199,11 @@ def _said_by_jobs(local: Local) -> str:
 
 
 def _drivers() -> list[psutil.Process]:
-    """The processes of jobs/train.py itself, not of the shell that starts it."""
+    """The processes of jobs/train.py itself, not of what sent it."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            words = process.cmdline()
-            if "jobs/train.py" in words and Path(words[0]).name.startswith("python"):
+            if process.cmdline()[1:2] == ["jobs/train.py"]:
                 found.append(process)
     return found
 

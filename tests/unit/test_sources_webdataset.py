@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pyarrow.fs import SubTreeFileSystem
 
 from flam_core.data.sources import WebDatasetSource
@@ -189,6 +190,56 @@ def test_bad_samples_are_named_with_their_reason(tmp_path: Path) -> None:
         assert reason in reasons[name], name
         assert "\n" not in reasons[name]
     assert not marker.exists()
+
+
+def gif_bytes(frames: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(out, "GIF", save_all=True, append_images=rest)
+    return out.getvalue()
+
+
+def test_a_small_archive_that_unpacks_to_much_is_bad_episodes_and_no_more(tmp_path: Path) -> None:
+    """Bombs and paths that lead out: named, left out, and nothing is written beside the data set."""
+    good = video_bytes(EPISODES[0].frames)
+    zeros = np.zeros(65 << 20, np.uint8)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, rewards=zeros)
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117)
+    claims = b"\x93NUMPY\x01\x00v\x00" + header + b"\n"
+    gif = bytearray(gif_bytes(EPISODES[0].frames))
+    gif[6:10] = b"\x10\x27\x10\x27"  # it claims 10,000 x 10,000 pixels
+    members = {
+        "../../out.mp4": good,
+        "/absolute/path.mp4": good,
+        "good.mp4": good,
+        "zeros.mp4": good,
+        "zeros.json": bytes(65 << 20),
+        "packed.mp4": good,
+        "packed.npz": packed.getvalue(),
+        "claims.mp4": good,
+        "claims.rewards.npy": claims,
+        "deep.mp4": good,
+        "deep.json": b"[" * 200_000,
+        "wide.gif": bytes(gif),
+    }
+    home = tmp_path / "a" / "b"
+    archive = write_tar(home / "t.tar.gz", members, "w:gz")
+    assert archive.stat().st_size < 1 << 20
+    report, stored = store(source(archive), home / "set")
+    assert set(stored) == {"t/../../out", "t/absolute/path", "t/good"}  # names, not places
+    expected = {
+        "zeros": "zeros.json has 68157440 bytes, more than 67108864",
+        "packed": "packed.npz: unpacks to more than",
+        "claims": "claims.rewards.npy: cannot be read",
+        "deep": "deep.json: nested too deeply",
+        "wide": "frames of 10000 x 10000 pixels",
+    }
+    reasons = {bad.path.removeprefix("t/"): bad.reason for bad in report.bad}
+    assert set(reasons) == set(expected)
+    assert all(words in reasons[name] for name, words in expected.items()), reasons
+    assert {place.name for place in home.iterdir()} == {"t.tar.gz", "set"}
+    assert {place.name for place in tmp_path.rglob("*.mp4")} == set()
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -51,6 +51,11 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 _TRUTHS = frozenset({".json", ".npz", ".npy"})
 _PICKLES = frozenset({".pkl", ".pickle", ".pyd", ".pt", ".pth", ".joblib"})
 _BLOCK = 1 << 20
+# What is read into memory at most, so that a small archive that unpacks to much (a bomb) is a bad episode and no more.
+_MOST_TRUTH = 64 << 20
+"""Bytes of a file with ground truth, and of all that an .npz unpacks to."""
+_MOST_EPISODE = 4 << 30
+"""Bytes of an episode as it is stored."""
 _NUMBER = re.compile(r"(?P<episode>.*?)[/._-]?(?P<number>\d+)", re.DOTALL)
 
 
@@ -149,11 +154,15 @@ class _Sample:
     def has_video(self) -> bool:
         return any(PurePosixPath(name).suffix.lower() in SUFFIXES for name in self.members)
 
-    def add(self, name: str, content: IO[bytes] | None) -> None:
+    def add(self, name: str, size: int, content: IO[bytes] | None) -> None:
         suffix = PurePosixPath(name).suffix.lower()
         if suffix in _PICKLES:
             self.refused = f"{name} is a pickle, which can run code when it is read: store .json or .npz"
         read = suffix in SUFFIXES | IMAGE_SUFFIXES | _TRUTHS
+        most = _MOST_TRUTH if suffix in _TRUTHS else _MOST_EPISODE
+        if read and size > most:
+            self.refused = f"{name} has {size} bytes, more than {most}"
+            read = False
         self.members[name] = content.read() if read and content is not None else b""
 
 
@@ -169,9 +178,16 @@ class _Episode:
     """Of the whole episode, by the name of the member."""
     frame_truth: dict[int, tuple[str, bytes]] = field(default_factory=dict)
     """Of one picture, by its number: the name of the member, and the member."""
+    size: int = 0
+    """Bytes of its videos, pictures and ground truth."""
     refused: str | None = None
 
     def add(self, sample: _Sample) -> None:
+        self.size += sum(map(len, sample.members.values()))
+        if self.size > _MOST_EPISODE:  # and none of it is kept
+            self.refused = f"more than {_MOST_EPISODE} bytes in one episode"
+            self.pictures.clear()
+            return
         self.members += [PurePosixPath(member).name for member in sample.members]
         self.refused = self.refused or sample.refused
         pictures = [] if sample.has_video else [name for name in sample.members if _is_picture(name)]
@@ -215,7 +231,7 @@ def _samples(fs: FileSystem, path: str) -> Iterator[_Sample]:
                         if sample is not None:
                             yield sample
                         sample = _Sample(key)
-                    sample.add(name, tar.extractfile(member))
+                    sample.add(name, member.size, tar.extractfile(member))
         except tarfile.TarError as error:
             if sample is None:
                 raise
@@ -286,8 +302,14 @@ def _read(name: str, content: bytes) -> dict[str, Any]:
             if not isinstance(found, dict):
                 raise Unusable(f"{file}: not a JSON object")
         else:
+            if name.endswith(".npz"):
+                with zipfile.ZipFile(io.BytesIO(content)) as packed:
+                    if sum(one.file_size for one in packed.infolist()) > _MOST_TRUTH:
+                        raise Unusable(f"{file}: unpacks to more than {_MOST_TRUTH} bytes")
             loaded = np.load(io.BytesIO(content), allow_pickle=False)
             found = loaded if isinstance(loaded, np.lib.npyio.NpzFile) else {file.split(".")[-2]: loaded}
         return {key: found[key] for key in (*TRUTH_FIELDS, "fps") if key in found}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except RecursionError as error:
+        raise Unusable(f"{file}: nested too deeply") from error
+    except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise Unusable(f"{file}: cannot be read: {one_line(error)}") from error
