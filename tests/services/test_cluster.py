@@ -83,10 +83,14 @@ class Local:
 def venv_without_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
     """Another environment with `flam[load]`, being installed while other tests run; its folder is `args[-1]`'s."""
     folder = tmp_path_factory.mktemp("elsewhere") / "venv"
+    code = folder.with_name("code")  # pip would leave a build folder in the checkout
+    for name in ("flam_core", "services", "jobs"):
+        shutil.copytree(REPOSITORY / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, code)
     pip = f"{folder}/bin/python -m pip install --quiet -c constraints.txt"
-    commands = (
-        f"{sys.executable} -m venv {folder} && {pip} torch==2.13.0 && {pip} '{REPOSITORY}[load]' && echo {folder}"
-    )
+    steps = (f"{sys.executable} -m venv {folder}", f"{pip} torch==2.13.0", f"{pip} '{code}[load]'", f"echo {folder}")
+    commands = " && ".join(steps)
     log = folder.with_name("log.txt")
     with log.open("wb") as output:
         installing = subprocess.Popen(
