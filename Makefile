@@ -29,7 +29,7 @@ train: $(READY) data/grid/manifest.json
 	$(RUN) jobs/train.py tiny --data data/grid --workers 2
 
 test: $(READY)
-	$(RUN) -m pytest -m 'not slow' -n 2 tests/unit tests/docs
+	$(RUN) -m pytest -m 'not slow' -n 2 tests/unit tests/docs tests/security
 	$(RUN) -m pytest -m 'not slow and not rgw' --durations 15 tests/services
 
 # make test-slow   learning, promotion, clusters and servers that ask for a token or password: some minutes each
