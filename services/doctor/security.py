@@ -89,6 +89,8 @@ def _drivers_closed(address: str) -> Finding:
 
 def _token_file() -> Finding:
     check, place = "the token's file", os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return note(check, "no token is used from here (RAY_AUTH_MODE=disabled)", "export RAY_AUTH_MODE=token")
     if place is None:
         default = Path.home() / ".ray" / "auth_token"
         if not default.exists():

@@ -25,10 +25,17 @@ from tests.services.conftest import REPOSITORY, environment, run_job, said, unti
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ENVIRONMENT = 3
+ENVIRONMENT, REFUSED = 3, 6
 PORTS = [word for part in ("ray", "dashboard", "mlflow", "s3") for word in (f"--{part}_port", "0")]
 TRAIN = ("smoke", "--data", "s3://flam/grid", "--storage", "s3://flam/runs", "--flam_stage.steps", "230")
 TRAIN += ("--checkpoint_every", "50", "--experiment", "closed")
+CHOOSE = """
+import mlflow
+client = mlflow.MlflowClient()
+newest = client.get_model_version_by_alias("flam-grid", "candidate").version
+client.set_registered_model_alias("flam-grid", "champion", newest)
+"""
+"""What whoever has MLflow's password may do by hand."""
 PULL = """
 import importlib.util, sys
 assert importlib.util.find_spec("ray") is None, "Ray is installed here"
@@ -179,7 +186,16 @@ def test_a_job_that_was_killed_goes_on_and_its_champion_is_pulled_elsewhere(
     assert steps[-1] == "250"
     assert "50" not in steps  # that was done by the first
     promoted = local.job("promote", "flam-grid")
-    assert promoted.returncode == 0, said(promoted)
+    assert promoted.returncode == REFUSED, said(promoted)  # it has learnt nothing in 230 steps, and the gate sees that
+    chosen = subprocess.run(
+        [sys.executable, "-c", CHOOSE],
+        env=environment(**local.variables),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert chosen.returncode == 0, said(chosen)
 
     assert venv_without_ray.wait(600) == 0
     log = Path(str(venv_without_ray.args[-1]).rpartition("echo ")[2])

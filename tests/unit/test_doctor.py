@@ -89,6 +89,7 @@ def test_a_token_that_others_may_read_is_red(tmp_path: Path, monkeypatch: pytest
     place = tmp_path / "token"
     place.write_text("a" * 64)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(place))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     place.chmod(0o644)
     assert _token_file().state == State.RED
     place.chmod(0o600)
