@@ -10,7 +10,7 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: train test test-slow test-chaos test-s3 test-page check worlds clean help
+.PHONY: train test test-slow test-chaos test-s3 test-page cluster cluster-down check worlds clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -33,8 +33,9 @@ test: $(READY)
 	$(RUN) -m pytest -m 'not slow and not rgw' --durations 15 tests/services
 
 # make test-slow   learning, promotion, clusters and servers that ask for a token or password: some minutes each
+SLOW ?= slow
 test-slow: $(READY)
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m '$(SLOW)' --durations 25
 
 # make test-chaos   runs that are killed, hung and cut off: half an hour; CHAOS='chaos and not long' is a part of them
 CHAOS ?= chaos
@@ -50,6 +51,13 @@ test-s3: $(READY)
 test-page: $(READY)
 	infra/chromium/install.sh
 	$(RUN) -m pytest -m slow tests/services/test_page.py tests/services/test_player.py
+
+# make cluster   Ray, MLflow and S3 on this machine, closed to strangers; make cluster-down stops what it started
+cluster: $(READY)
+	$(RUN) jobs/cluster.py up
+
+cluster-down: $(READY)
+	$(RUN) jobs/cluster.py down
 
 # make worlds   the real simulators: multigrid, Procgen, highway-env
 worlds: $(READY)

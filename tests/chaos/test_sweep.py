@@ -12,7 +12,7 @@ import pytest
 
 from tests.services.conftest import Cluster, environment, kill_when, run_job, said
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(1500)]
 
 SPACE = ("--factors", "2,4", "--codebook", "0,4", "--evaluations", "5", "--grace", "0.6")
 TRIALS = {

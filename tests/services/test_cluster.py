@@ -110,7 +110,7 @@ def venv_without_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subpr
 
 
 @pytest.fixture(scope="module")
-def local(venv_without_ray: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     """A cluster with a data set in its bucket."""
     home = tmp_path_factory.mktemp("local")
     done = run_job(["cluster", "up", *PORTS], environment(), home)
@@ -169,6 +169,7 @@ def test_the_doctor_finds_it_well(local: Local) -> None:
     assert len(states) >= 28
 
 
+@pytest.mark.long
 def test_a_job_that_was_killed_goes_on_and_its_champion_is_pulled_elsewhere(
     local: Local, venv_without_ray: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
