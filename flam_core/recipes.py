@@ -14,7 +14,8 @@ def tiny() -> Config:
     """The main job in miniature: three agents on a 6x6 grid, 48 px.
 
     Command: `make train`. Hardware: 2 CPU cores, below 6 GiB. docs/devlog.md has score and time for three seeds, before
-    `tokenizer.chessboard` was on, and why the settings that depart from the paper are as they are.
+    `tokenizer.chessboard` and `model.log_variance_gain` were on, and why the settings that depart from the paper are
+    as they are.
     """
     return Config(
         recipe="tiny",
