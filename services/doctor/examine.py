@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private.worker import get_dashboard_url  # of a cluster that was joined: not public
 
 from flam_core.errors import FlamError
 from services.doctor.finding import Finding, attempt, ok, red
@@ -65,7 +66,7 @@ def examine(settings: DoctorSettings) -> list[Finding]:
         findings.append(red("Ray", error.what, error.fix))
     else:
         try:
-            dashboard = dashboard or f"http://{ray._private.worker.get_dashboard_url()}"
+            dashboard = dashboard or f"http://{get_dashboard_url()}"
             findings.append(ok("Ray", f"{ray.__version__} at {address or 'this machine'}, dashboard {dashboard}"))
             findings += examine_nodes(storage, tracking)
             findings += [examine_room(plan), examine_gpus(settings.gpu)]

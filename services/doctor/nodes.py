@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray._private.worker import global_worker  # Ray has no public name for where its files are
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -17,6 +18,7 @@ from services.doctor.node import NodeReport, report, versions
 from services.training.cluster import check_resources
 from services.training.settings import TrainSettings
 
+_remote: Any = ray.remote
 _SECONDS = 90.0
 _CLOCK_SECONDS = 5.0
 _DISK_SHARE = 0.05
@@ -34,13 +36,14 @@ def examine_nodes(storage: str, tracking: str) -> list[Finding]:
         note("nodes", f"{counted}, {dead} lost", "Look at why in the dashboard.") if dead else ok("nodes", counted)
     ]
     reports: list[tuple[dict[str, Any], NodeReport, float]] = []
-    files = ray._private.worker.global_worker.node.get_session_dir_path()
+    here: Any = global_worker.node
+    files = here.get_session_dir_path()
     for node in alive:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked = time.time()
         try:
-            task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(report)
-            answer = ray.get(task.remote(files, storage, tracking), timeout=_SECONDS)
+            task: Any = _remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(report)
+            answer: NodeReport = ray.get(task.remote(files, storage, tracking), timeout=_SECONDS)
         except (RayError, GetTimeoutError) as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             findings.append(red(f"node {node['NodeManagerAddress']}", lines[-1].strip(), _INSTALL))
@@ -85,7 +88,7 @@ def examine_gpus(wanted: bool) -> Finding:
     for node in having:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         try:
-            task: Any = ray.remote(num_cpus=0, num_gpus=1, max_retries=0, scheduling_strategy=here)(_gpu)
+            task: Any = _remote(num_cpus=0, num_gpus=1, max_retries=0, scheduling_strategy=here)(_gpu)
             seen.append(ray.get(task.remote(), timeout=_SECONDS))
         except GetTimeoutError:
             return note(
@@ -104,12 +107,13 @@ def examine_gpus(wanted: bool) -> Finding:
 
 def _gpu() -> str:
     import torch
+    from torch.cuda import nccl
 
     if not torch.cuda.is_available():
         return ""
     torch.zeros(1, device="cuda").add_(1).cpu()
-    nccl: Any = torch.cuda.nccl.version()
-    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, nccl))}"
+    found: Any = nccl.version()
+    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, found))}"
 
 
 class _Rank:
@@ -149,7 +153,7 @@ def examine_collective() -> Finding:
     backend, world = ("nccl", min(gpus, max(alive, 2))) if gpus >= 2 else ("gloo", max(alive, 2))
     what = f"all-reduce ({backend})"
     resources = {"num_gpus": 1} if backend == "nccl" else {"num_gpus": 0}
-    made: Any = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **resources)(_Rank)
+    made: Any = _remote(num_cpus=0, scheduling_strategy="SPREAD", **resources)(_Rank)
     ranks = [made.remote() for _ in range(world)]
     fix = "Nodes must reach one another on all ports (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME choose the network)."
     try:
