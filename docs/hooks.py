@@ -14,6 +14,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 _LINK = re.compile(r"\]\(((?!https?:)[^)#]+)(#[^)]*)?\)")
+_MARKER = re.compile(
+    r"^<!-- [^\n]* -->\n", re.MULTILINE
+)  # how the commands below it are tested (tests/docs/commands.py)
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -35,6 +38,11 @@ def _target(path: str) -> str:
     if path.startswith("flam_core/") and path.endswith(".py"):
         return f"api/settings.md#{path.removesuffix('.py').replace('/', '.')}"
     return path
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Leave out what is for tests."""
+    return _MARKER.sub("", markdown)
 
 
 def on_page_content(html_: str, **_: object) -> str:
