@@ -1,0 +1,132 @@
+"""Alerts and the dashboard: complete, by names of metrics that are really exported, and firing when they should."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MONITORING = REPOSITORY / "infra" / "monitoring"
+_METRIC = re.compile(r"\bray_[a-z0-9_]+")
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def panels() -> list[dict[str, Any]]:
+    found = json.loads((MONITORING / "grafana" / "flam.json").read_text())["panels"]
+    return [panel for panel in found if panel["type"] != "row"]
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    """Who asks, and what: of alerts, panels and the dashboard's variables."""
+    for rule in alerts():
+        yield rule["alert"], rule["expr"]
+    for panel in panels():
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+    dashboard = json.loads((MONITORING / "grafana" / "flam.json").read_text())
+    for variable in dashboard["templating"]["list"]:
+        yield variable["name"], variable["query"]["query"]
+
+
+def exported_by_flam() -> set[str]:
+    """The gauges that a worker sets at each log line, as Prometheus sees them."""
+    from services.feed import FeedMeters
+
+    log = (REPOSITORY / "services" / "training" / "log.py").read_text()
+    added = re.findall(r'^\s+feed\["([a-z_/]+)"\] = .*$', log, re.MULTILINE)
+    assert "self._gauges.set(feed)" in log, "these are no longer what becomes a gauge"
+    return {f"ray_flam_{name.replace('/', '_')}" for name in [*FeedMeters().take(1.0), *added]}
+
+
+def exported_by_ray() -> set[str]:
+    """Those that Ray's own dashboards ask for."""
+    from ray.dashboard.modules.metrics import dashboards
+
+    folder = Path(next(iter(dashboards.__path__)))
+    return {name for path in folder.glob("*.py") for name in _METRIC.findall(path.read_text())}
+
+
+def unknown(query: str) -> set[str]:
+    return set(_METRIC.findall(query)) - exported_by_flam() - exported_by_ray()
+
+
+def test_metrics_are_exported() -> None:
+    asked = list(queries())
+    assert len(asked) > 12
+    assert {(who, name) for who, query in asked for name in unknown(query)} == set()
+    assert all(_METRIC.search(query) for _, query in asked)
+
+
+def test_a_metric_that_nobody_exports_is_found() -> None:
+    assert unknown("avg(ray_flam_speed_data_wait_share) > ray_flam_collapse") == {"ray_flam_collapse"}
+    assert unknown("ray_object_store_memory + ray_object_store_memory_spilt") == {"ray_object_store_memory_spilt"}
+
+
+def test_alerts_are_complete() -> None:
+    assert {rule["alert"] for rule in alerts()} == {"FlamRunStalled", "FlamFeedWait", "FlamObjectStoreSpilling"}
+    for rule in alerts():
+        assert re.fullmatch(r"\d+m", rule["for"])
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"].endswith(".")
+        assert rule["annotations"]["runbook_url"].endswith(f"docs/operations.md#{rule['alert'].lower()}")
+
+
+def test_panels_are_complete() -> None:
+    ids = [panel["id"] for panel in json.loads((MONITORING / "grafana" / "flam.json").read_text())["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in panels():
+        assert panel["title"]
+        assert panel["description"].endswith(".")
+        assert {target["datasource"]["uid"] for target in panel["targets"]} == {"prometheus"}
+    (source,) = yaml.safe_load((MONITORING / "grafana" / "datasource.yaml").read_text())["datasources"]
+    assert source["uid"] == "prometheus"
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in panels():
+        place = panel["gridPos"]
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert x < 24
+                assert taken.setdefault((x, y), panel["title"]) == panel["title"]
+
+
+def test_prometheus_asks_more_often_than_ray_forgets() -> None:
+    """Ray shows a gauge for about 30 s; a scrape that comes more seldom misses log lines."""
+    settings = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    assert int(settings["global"]["scrape_interval"].removesuffix("s")) <= 15
+    assert settings["rule_files"] == ["alerts.yml"]
+    (ray,) = [job for job in settings["scrape_configs"] if job["job_name"] == "ray"]
+    (found,) = ray["dns_sd_configs"]
+    service = next(
+        one
+        for one in yaml.safe_load_all((REPOSITORY / "infra" / "kuberay" / "base" / "services.yaml").read_text())
+        if one["metadata"]["name"] == found["names"][0]
+    )
+    assert service["spec"]["clusterIP"] == "None", "DNS would tell one address for all nodes"
+    assert [port["port"] for port in service["spec"]["ports"]] == [found["port"]]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian's package prometheus) is not installed")
+@pytest.mark.parametrize(
+    "command",
+    [["test", "rules", "tests/infra/alerts_test.yml"], ["check", "config", "infra/monitoring/prometheus.yml"]],
+)
+def test_prometheus_takes_the_rules_and_fires_them(command: list[str]) -> None:
+    done = subprocess.run(
+        ["promtool", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
