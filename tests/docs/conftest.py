@@ -91,7 +91,8 @@ def mentioned() -> list[tuple[str, Command]]:
     return [
         (document, Command(tuple(code.split())))
         for document, code in inline()
-        if code.startswith("python jobs/") and " " in code[7:] and "..." not in code and "…" not in code
+        if (code.startswith("python jobs/") and " " in code[7:]) or (code.startswith("ray ") and " --" in code)
+        if "..." not in code and "…" not in code
     ]
 
 
