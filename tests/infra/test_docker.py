@@ -165,6 +165,7 @@ def _installed(python: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_the_pip_steps_give_an_environment_in_which_jobs_start(tmp_path: Path) -> None:
     python = _environment(tmp_path, "flam")
@@ -185,6 +186,7 @@ def test_the_pip_steps_give_an_environment_in_which_jobs_start(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_the_pip_steps_of_mlflow_give_a_server(tmp_path: Path) -> None:
     python = _environment(tmp_path, "mlflow")
