@@ -190,6 +190,9 @@ def test_the_pip_steps_give_an_environment_in_which_jobs_start(tmp_path: Path) -
 @pytest.mark.timeout(1200)
 def test_the_pip_steps_of_mlflow_give_a_server(tmp_path: Path) -> None:
     python = _environment(tmp_path, "mlflow")
+    known = pins()
+    odd = {name for name, version in _installed(python).items() if known.get(name) != version}
+    assert odd <= {"pip", "setuptools", "wheel", "psycopg2-binary"}, "neither constraints.txt nor mlflow.txt pins it"
     assert {"ray", "torch"}.isdisjoint(_installed(python))
     code = "import boto3, flask_wtf, mlflow.server.auth.config, psycopg2"
     subprocess.run([python, "-c", code], cwd=tmp_path / "jobs", check=True, timeout=300)

@@ -333,7 +333,9 @@ def _plain_secret(documents: list[Document]) -> None:
 
 
 def _secret_in_address(documents: list[Document]) -> None:
-    _first(documents)[1]["env"].append({"name": "STORE", "value": "postgresql://mlflow:hunter2@postgresql/mlflow"})
+    _first(documents)[1]["env"].append(
+        {"name": "STORE", "value": "postgresql://mlflow:{}@postgresql/mlflow".format("plain")}
+    )
 
 
 def _secret_on_command_line(documents: list[Document]) -> None:
