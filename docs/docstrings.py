@@ -24,14 +24,20 @@ class PlainDocstrings(griffe.Extension):
 
 def markdown(text: str, names: set[str]) -> str:
     """The Markdown that shows `text` as it is; lines that begin with `name: `, of these names, are a list."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(
+        f"```pycon\n{one}\n```" if one.startswith(">>> ") else _paragraph(one, names) for one in paragraphs
+    )
+
+
+def _paragraph(text: str, names: set[str]) -> str:
     parts = _CODE.split(text)
     parts[::2] = [_ANY_MARKUP.sub(lambda found: _MARKUP[found[0]], part) for part in parts[::2]]
-    lines = "".join(parts).splitlines()
     shown: list[str] = []
-    for line in lines:
+    for line in "".join(parts).splitlines():
         name, colon, rest = line.partition(": ")
         listed = bool(colon) and name in names
-        if listed and not (shown and shown[-1].startswith("- ")):
+        if listed and not any(one.startswith("- ") for one in shown):
             shown.append("")
         shown.append(f"- `{name}`: {rest}" if listed else line)
     return "\n".join(shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import urlsplit
 
 import pytest
@@ -130,6 +132,32 @@ def test_home_page_is_the_readme_and_no_page_shows_how_its_commands_are_tested(
     assert not [
         name for name in pages if re.search("<!-- (?:run|checked by|not run)", (site / f"{name}.html").read_text())
     ]
+
+
+def load(name: str) -> ModuleType:
+    """A file of docs/ that MkDocs loads."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_of_the_readme_lead_to_pages() -> None:
+    found = load("hooks").home_page("[a](docs/data.md#parquet) [b](flam_core/recipes.py) [c](https://x/docs/y.md)")
+    assert found == "[a](data.md#parquet) [b](api/settings.md#flam_core.recipes) [c](https://x/docs/y.md)"
+
+
+def test_docstrings_are_shown_as_they_are() -> None:
+    text = (
+        "Of [t - 1][K] and <name>, `a[0][1]`.\n\nframes: uint8 [*shape, 3],\nRGB.\nother: no argument.\n\n>>> f(1)\n2"
+    )
+    shown = load("docstrings").markdown(text, {"frames"})
+    plain, listed, code = shown.split("\n\n", 2)
+    assert plain == r"Of [t - 1]\[K] and &lt;name>, `a[0][1]`."
+    assert listed.strip() == "- `frames`: uint8 [\\*shape, 3],\nRGB.\nother: no argument."
+    assert code == "```pycon\n>>> f(1)\n2\n```"
 
 
 def alerts() -> dict[str, str]:
