@@ -160,7 +160,7 @@ def _installed(python: Path) -> dict[str, str]:
         "import json; from importlib.metadata import distributions; "
         "print(json.dumps({one.metadata['Name']: one.version for one in distributions()}))"
     )
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=True)
     return {canonicalize_name(name): version.split("+")[0] for name, version in json.loads(done.stdout).items()}
 
 
