@@ -9,12 +9,12 @@ from typing import Any
 
 Document = dict[str, Any]
 
-PLACEHOLDER = f"sha256:{'0' * 64}"
-"""The digest of no image: whoever deploys sets the one that was pushed."""
+PLACEHOLDER = "sha256:set-me"
+"""No digest at all, so that Kubernetes names the image as invalid: whoever deploys sets the one that was pushed."""
 SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|PRIVATE|(ACCESS|API)[_-]?KEY", re.IGNORECASE)
 _SECRET_IN_ADDRESS = re.compile(r"://[^/\s:@]*:(?!\$\([A-Z_]+\)@)[^/\s@]+@")
 _PATH_OR_SWITCH = re.compile(r"true|false|/\S*")
-_DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(r"\S+@sha256:(?!0{64})([0-9a-f]{64}|set-me)")
 
 
 @dataclass(frozen=True)

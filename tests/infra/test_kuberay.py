@@ -79,8 +79,13 @@ def test_all_parts_are_there(documents: list[Document]) -> None:
 
 
 def test_jobs_have_the_cluster_that_stands(documents: list[Document]) -> None:
+    """But for the GPUs that they need to begin (test_capacity.py)."""
     for name in ("flam-train", "flam-tune"):
-        assert one(documents, "RayJob", name)["spec"]["rayClusterSpec"] == cluster(documents)
+        spec = one(documents, "RayJob", name)["spec"]["rayClusterSpec"]
+        stands, gpu = cluster(documents), spec["workerGroupSpecs"][1]
+        for key in ("replicas", "minReplicas"):
+            gpu[key] = stands["workerGroupSpecs"][1][key]
+        assert spec == stands
 
 
 def test_overlays_differ_in_size(rendered: dict[str, list[Document]]) -> None:
@@ -287,16 +292,22 @@ def test_no_rule_is_broken(documents: list[Document]) -> None:
     assert len(pods(documents)) >= 13, "three clusters of three kinds of pods, two submitters, MLflow, PostgreSQL"
 
 
-def test_digests_are_placeholders_that_somebody_must_set(documents: list[Document]) -> None:
+def test_digests_of_flam_are_placeholders_that_somebody_must_set(documents: list[Document]) -> None:
     """None of a registry that the project does not own is made up: `kustomize edit set image` sets them."""
     images = {one["image"] for pod in pods(documents) for one in pod.containers if "image" in one}
-    assert {image.rpartition("@")[2] for image in images} == {PLACEHOLDER}
+    ours = {image for image in images if image.startswith("registry.example.com/")}
+    assert {image.rpartition("@")[2] for image in ours} == {PLACEHOLDER}
+    assert len(ours) == 2
+    assert not any(image.endswith(PLACEHOLDER) for image in images - ours)
     readme = (KUBERAY / "README.md").read_text()
     for overlay in OVERLAYS:
         settings = yaml.safe_load((KUBERAY / "overlays" / overlay / "kustomization.yaml").read_text())
         assert len(settings["images"]) == len(images)
         for image in settings["images"]:
-            assert f"{image['name']}=" in readme, f"the README's `kustomize edit set image` leaves {image['name']} out"
+            if image["digest"] == PLACEHOLDER:
+                assert f"{image['name']}=" in readme, (
+                    f"the README's `kustomize edit set image` leaves {image['name']} out"
+                )
 
 
 def _first(documents: list[Document]) -> tuple[Document, Document]:
@@ -352,6 +363,10 @@ def _runtime_env(documents: list[Document]) -> None:
 
 def _tag(documents: list[Document]) -> None:
     _first(documents)[1]["image"] = "registry.example.com/flam-mlflow:latest"
+
+
+def _zeros(documents: list[Document]) -> None:
+    _first(documents)[1]["image"] = f"registry.example.com/flam-mlflow@sha256:{'0' * 64}"
 
 
 def _no_limits(documents: list[Document]) -> None:
@@ -441,6 +456,7 @@ def _metadata(documents: list[Document]) -> None:
         (_secret_in_manifest, "secret", "Secret flam-s3"),
         (_runtime_env, "secret", "RayJob flam-train"),
         (_tag, "image", "Deployment mlflow"),
+        (_zeros, "image", "Deployment mlflow"),
         (_no_limits, "resources", "RayCluster flam decode"),
         (_endless_volume, "resources", "Deployment mlflow"),
         (_no_probe, "probe", "RayCluster flam head"),
