@@ -68,7 +68,7 @@ def broken(compose: Document) -> Iterator[str]:
             yield f"privileges: {name}"
         if not {"mem_limit", "cpus", "pids_limit"} <= set(one):
             yield f"limits: {name}"
-        if "healthcheck" not in one:
+        if "healthcheck" not in one and one["restart"] != "no":
             yield f"health: {name}"
         for port in one.get("ports", []):
             if not re.fullmatch(r"127\.0\.0\.1:\d+:\d+", str(port)):
@@ -87,7 +87,7 @@ def broken(compose: Document) -> Iterator[str]:
 
 def test_no_rule_is_broken(compose: Document) -> None:
     assert list(broken(compose)) == []
-    assert set(compose["services"]) == {"ray", "mlflow", "s3", "prometheus", "grafana"}
+    assert set(compose["services"]) == {"ray", "mlflow", "s3", "prometheus", "grafana", "ray-dashboards"}
 
 
 def _ray(compose: Document) -> Document:
@@ -108,6 +108,7 @@ def _ray(compose: Document) -> Document:
         (lambda c: _ray(c).update(network_mode="host"), "key"),
         (lambda c: _ray(c).pop("mem_limit"), "limits"),
         (lambda c: _ray(c).pop("healthcheck"), "health"),
+        (lambda c: c["services"]["ray-dashboards"].update(restart="always"), "health"),
         (lambda c: _ray(c).update(ports=["8265:8265"]), "port"),
         (lambda c: _ray(c).update(ports=["0.0.0.0:8265:8265"]), "port"),
         (lambda c: _ray(c)["volumes"].append("/var/run/docker.sock:/var/run/docker.sock"), "volume"),

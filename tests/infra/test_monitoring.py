@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,32 @@ def test_prometheus_asks_more_often_than_ray_forgets() -> None:
     )
     assert service["spec"]["clusterIP"] == "None", "DNS would tell one address for all nodes"
     assert [port["port"] for port in service["spec"]["ports"]] == [found["port"]]
+
+
+def test_rays_own_dashboards_are_written(tmp_path: Path) -> None:
+    """By the program that Grafana's pod runs before it starts, from the Ray that is installed."""
+    program = MONITORING / "grafana" / "export_ray.py"
+    subprocess.run([sys.executable, program, tmp_path], check=True, capture_output=True, timeout=120)
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert set(found) == {"ray-core", "ray-data", "ray-train", "ray-serve"}
+    assert len({one["uid"] for one in found.values()} | {"flam"}) == 5
+    for dashboard in found.values():
+        assert len(dashboard["panels"]) > 10
+        assert any(one["type"] == "datasource" for one in dashboard["templating"]["list"])
+
+
+def test_grafana_reads_the_folders_that_are_filled() -> None:
+    providers = yaml.safe_load((MONITORING / "grafana" / "dashboards.yaml").read_text())["providers"]
+    folders = {one["options"]["path"] for one in providers}
+    (deployment,) = [
+        one for one in yaml.safe_load_all((MONITORING / "grafana.yaml").read_text()) if one["kind"] == "Deployment"
+    ]
+    spec = deployment["spec"]["template"]["spec"]
+    mounted = {one["mountPath"] for one in spec["containers"][0]["volumeMounts"]}
+    assert folders <= mounted
+    (init,) = spec["initContainers"]
+    assert init["command"][-1] in folders
+    assert init["command"][-2] in {one["mountPath"] for one in init["volumeMounts"]}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian's package prometheus) is not installed")
