@@ -10,7 +10,7 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: train test test-slow test-chaos test-s3 test-page cluster cluster-down check worlds clean help
+.PHONY: train test test-slow test-chaos test-s3 test-page cluster cluster-down docs check worlds clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -29,7 +29,7 @@ train: $(READY) data/grid/manifest.json
 	$(RUN) jobs/train.py tiny --data data/grid --workers 2
 
 test: $(READY)
-	$(RUN) -m pytest -m 'not slow' -n 2 tests/unit tests/docs tests/security
+	$(RUN) -m pytest -m 'not slow' -n 2 tests/unit tests/docs tests/security tests/infra
 	$(RUN) -m pytest -m 'not slow and not rgw' --durations 15 tests/services
 
 # make test-slow   learning, promotion, clusters and servers that ask for a token or password: some minutes each
@@ -51,6 +51,10 @@ test-s3: $(READY)
 test-page: $(READY)
 	infra/chromium/install.sh
 	$(RUN) -m pytest -m slow tests/services/test_page.py tests/services/test_player.py
+
+# make docs   the documentation as pages, in build/site; reading it needs no network
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # make cluster   Ray, MLflow and S3 on this machine, closed to strangers; make cluster-down stops what it started
 cluster: $(READY)

@@ -209,6 +209,8 @@ class ModelConfig:
             raise SettingsError(
                 f"model.true_actions = {self.true_actions}", fix="Give entities >= 1, numbers >= 1 and kinds >= 0."
             )
+        if self.log_variance_gain <= 0:
+            raise SettingsError(f"model.log_variance_gain = {self.log_variance_gain}", fix="It must be above 0.")
         if self.codebook_decay is not None and not 0 < self.codebook_decay < 1:
             raise SettingsError(f"model.codebook_decay = {self.codebook_decay}", fix="It must lie between 0 and 1.")
         if not 0 <= self.codebook_revival < 1:

@@ -35,6 +35,7 @@ from services.bench.rivals import (
 from services.feed import Assembler, CacheSettings, FeedMeters, FeedPlan, FeedSource, StagePlan, make_dataset, steps_of
 from services.feed.prefetch import DevicePrefetcher, memory_for
 from services.feed.spill import spilled_bytes
+from services.local.s3 import installed
 from services.storage import Location, resolve
 
 _STEPS = 1_000_000
@@ -108,7 +109,7 @@ def bench_feed(settings: FeedBenchSettings, say: Callable[[str], None] = print) 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flam-bench-")))
         local = resolve(settings.data or _make_data(settings, folder / "grid"))
         manifest = read_manifest(local.fs, local.path)
-        uri = stack.enter_context(s3_server.running()) if s3_server.installed() else None
+        uri = stack.enter_context(s3_server.running()) if installed() else None
         memory = stack.enter_context(watched())
         ray.init(
             address="local",

@@ -7,11 +7,12 @@ import platform
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from flam_core.errors import FlamError
+from flam_core.errors import EnvironmentFault, FlamError
 from services.storage import exists, read_bytes, resolve, write_bytes
 from services.tracking.server import check_server
 
@@ -34,8 +35,6 @@ class NodeReport:
     disk_free: float
     """Share of the disk below Ray's files that is free."""
     disk_free_gb: float
-    cuda: bool
-    """Whether PyTorch was built for CUDA there."""
     storage: str
     """Why it cannot write, read and delete in the storage; empty if it can."""
     tracking: str
@@ -44,8 +43,6 @@ class NodeReport:
 
 def report(ray_files: str, storage: str, tracking: str) -> NodeReport:
     """Of the node that this runs on."""
-    import torch
-
     disk = shutil.disk_usage(ray_files if Path(ray_files).exists() else "/")
     return NodeReport(
         host=socket.gethostname(),
@@ -55,7 +52,6 @@ def report(ray_files: str, storage: str, tracking: str) -> NodeReport:
         shm_bytes=shutil.disk_usage(_SHM).total if _SHM.exists() else 0,
         disk_free=disk.free / disk.total,
         disk_free_gb=disk.free / 1e9,
-        cuda=torch.version.cuda is not None,
         storage=_why_not(lambda: write_read_delete(storage)),
         tracking=_why_not(lambda: check_server(tracking)),
     )
@@ -74,8 +70,6 @@ def versions() -> dict[str, str]:
 
 def write_read_delete(address: str) -> None:
     """An object at `address`, and back to as it was. Raises EnvironmentFault for what the storage refuses."""
-    from flam_core.errors import EnvironmentFault
-
     place = resolve(address) / f".doctor-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     content = b"doctor " * 100
     write_bytes(place, content)
@@ -93,8 +87,7 @@ def write_read_delete(address: str) -> None:
         raise EnvironmentFault(f"{place} is still there after it was deleted", fix="Check the store.")
 
 
-def _why_not(trial: object) -> str:
-    assert callable(trial)
+def _why_not(trial: Callable[[], object]) -> str:
     try:
         trial()
     except FlamError as error:

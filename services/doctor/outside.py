@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -12,10 +11,11 @@ import requests
 from flam_core.data.manifest import read_manifest
 from services.doctor.finding import Finding, attempt, note, ok, red
 from services.doctor.node import write_read_delete
-from services.storage import resolve
+from services.storage import endpoint, resolve
 from services.submit import check_upload
 from services.tracking.probe import write_and_read
 
+AWS = "https://s3.amazonaws.com"
 _CLOCK_SECONDS = 60.0
 """S3 refuses requests that are signed a quarter of an hour off."""
 
@@ -27,7 +27,7 @@ def examine_outside(data: str | None, storage: str, tracking: str, working_dir: 
         findings.append(attempt("data set", lambda: _data(data)))
     findings.append(attempt("storage: write, read, delete", lambda: _storage(storage)))
     findings.append(attempt("MLflow: write", lambda: ok("MLflow: write", f"{tracking}, {_artifacts(tracking)}")))
-    findings += _clock("clock of the bucket", _endpoint() if storage.startswith("s3://") else "")
+    findings += _clock("clock of the bucket", (endpoint() or AWS) if storage.startswith("s3://") else "")
     findings += _clock("clock of MLflow", f"{tracking.rstrip('/')}/health" if tracking.startswith("http") else "")
     findings.append(attempt("size of a job", lambda: _upload(working_dir)))
     return findings
@@ -50,10 +50,6 @@ def _artifacts(tracking: str) -> str:
 
 def _upload(folder: Path) -> Finding:
     return ok("size of a job", f"{check_upload(folder):.1f} MiB of {folder.resolve().name}/ would be sent")
-
-
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://s3.amazonaws.com"
 
 
 def _clock(check: str, url: str) -> list[Finding]:

@@ -14,7 +14,9 @@ from packaging.version import Version
 from ray.job_submission import JobSubmissionClient
 
 from services.doctor.finding import Finding, note, ok, red
+from services.doctor.outside import AWS
 from services.player.token import is_loopback
+from services.storage import endpoint
 from services.storage.faults import bucket_of
 from services.submit.job import SECRET
 
@@ -138,13 +140,11 @@ def _bucket_closed(storage: str) -> Finding:
     check = "the bucket without keys"
     if not storage.startswith("s3://"):
         return note(check, "a folder: closed to those who cannot read or write it")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://s3.amazonaws.com"
-    status = _status(f"{endpoint.rstrip('/')}/{bucket_of(storage)}?list-type=2&max-keys=1")
+    store = (endpoint() or AWS).rstrip("/")
+    status = _status(f"{store}/{bucket_of(storage)}?list-type=2&max-keys=1")
     if status in (301, 401, 403):
         return ok(check, f"refused ({status})")
-    return _open(
-        check, endpoint, f"{endpoint} answers {status}", "Take away public access: checkpoints are loaded from it."
-    )
+    return _open(check, store, f"{store} answers {status}", "Take away public access: checkpoints are loaded from it.")
 
 
 def _pickle() -> Finding:
@@ -159,10 +159,9 @@ def _pickle() -> Finding:
 
 
 def _passwords_sent(dashboard: str, storage: str, tracking: str) -> dict[str, str]:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     sent = {"token on its way": dashboard, "password on its way": tracking}
-    if storage.startswith("s3://") and endpoint:
-        sent["data on its way"] = endpoint
+    if storage.startswith("s3://") and endpoint():
+        sent["data on its way"] = endpoint()
     return {name: url for name, url in sent.items() if url.startswith("http")}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ import requests
 
 from flam_core.errors import EnvironmentFault
 from services.local.parts import BUCKET, Layout, Part, parts_of, settled_ports
-from services.local.secrets import secrets_of
+from services.local.secrets import secrets_of, write_private
 from services.local.settings import LocalSettings
 
 ENV_FILE = "env"
@@ -86,7 +85,7 @@ def bring_up(settings: LocalSettings, home: Path, say: Callable[[str], None] = p
     try:
         for part in (parts := parts_of(settings, layout)):
             started.append(_start(part, folder / "logs" / f"{part.name}.txt"))
-            _write(folder / _STATE, json.dumps([asdict(one) for one in started], indent=1))
+            write_private(folder / _STATE, json.dumps([asdict(one) for one in started], indent=1))
         for part, one in zip(parts, started, strict=True):
             _wait(part, one)
             say(f"{one.name} answers at {one.url}")
@@ -95,7 +94,7 @@ def bring_up(settings: LocalSettings, home: Path, say: Callable[[str], None] = p
         take_down(folder, lambda _line: None)
         raise
     lines = [f"export {name}={shlex.quote(value)}" for name, value in layout.for_users.items()]
-    _write(folder / ENV_FILE, "\n".join([*lines, ""]))
+    write_private(folder / ENV_FILE, "\n".join([*lines, ""]))
     return started
 
 
@@ -171,12 +170,3 @@ def _end(process: psutil.Process) -> None:
         with suppress(psutil.Error):
             one.kill()
     psutil.wait_procs(tree, _END_SECONDS)
-
-
-def _write(place: Path, content: str) -> None:
-    """For the owner alone: the environment has passwords."""
-    part = place.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(content)
-    part.replace(place)

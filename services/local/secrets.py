@@ -41,8 +41,8 @@ def secrets_of(folder: Path) -> Secrets:
     place = folder / _FILE
     if not place.exists():
         made = Secrets.new()
-        _write(token_file(folder), made.ray_token)
-        _write(place, json.dumps(asdict(made), indent=1))
+        write_private(token_file(folder), made.ray_token)
+        write_private(place, json.dumps(asdict(made), indent=1))
     for file in (place, token_file(folder)):
         if not file.exists() or file.stat().st_mode & _OTHERS:
             raise EnvironmentFault(
@@ -62,7 +62,8 @@ def token_file(folder: Path) -> Path:
     return folder / _TOKEN
 
 
-def _write(place: Path, content: str) -> None:
+def write_private(place: Path, content: str) -> None:
+    """For its owner alone, whole or not at all."""
     part = place.with_suffix(".part")
     part.unlink(missing_ok=True)
     # The mode from the first moment on, not by a chmod afterwards.

@@ -6,7 +6,7 @@ that fails for a reason that passes is sent again, for FLAM_STORAGE_RETRY_SECOND
 """
 
 from services.storage.cache import BlockCache, shared_cache
-from services.storage.location import Location, resolve
+from services.storage.location import Location, endpoint, resolve
 from services.storage.objects import download, exists, read_bytes, write_bytes
 from services.storage.retry import CHAOS_SHARE
 
@@ -15,6 +15,7 @@ __all__ = [
     "BlockCache",
     "Location",
     "download",
+    "endpoint",
     "exists",
     "read_bytes",
     "resolve",

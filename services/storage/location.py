@@ -20,12 +20,13 @@ _CHECK_SECONDS = 10.0
 
 def _relax_checksums() -> None:
     """Stores other than AWS refuse the checksums that clients send by default."""
-    if _endpoint():
+    if endpoint():
         for name in CHECKSUMS:
             os.environ.setdefault(name, "when_required")
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """Of the store, if it is not AWS; else empty."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
@@ -92,7 +93,7 @@ def _settings() -> S3Settings:
     _relax_checksums()
     return S3Settings(
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-        endpoint=_endpoint(),
+        endpoint=endpoint(),
         retry_seconds=_retry_seconds(),
     )
 

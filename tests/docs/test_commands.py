@@ -28,7 +28,7 @@ from tests.docs.commands import (
 from tests.docs.conftest import Answer, asks, documented, environment, mentioned
 from tests.docs.homes import GIVEN, make_home
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)  # on a machine that others use
 
 SHELL = [block for block in blocks() if block.shell]
 MAKEFILE = (REPOSITORY / "Makefile").read_text()

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import psutil
 import pytest
 import requests
 
+from services.local.parts import free_ports
 from tests.conftest import S3_ENVIRONMENT
 from tests.services.player_fixture import Played, played
 
@@ -97,18 +97,6 @@ def kill_group(process: subprocess.Popen[str] | subprocess.Popen[bytes], seconds
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def wait_for_page(

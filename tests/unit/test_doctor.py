@@ -29,7 +29,6 @@ def said(**changes: Any) -> NodeReport:
         "shm_bytes": 8 << 30,
         "disk_free": 0.5,
         "disk_free_gb": 100.0,
-        "cuda": False,
         "storage": "",
         "tracking": "",
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from flam_core.config import ModelConfig, TokenizerConfig
+from flam_core.errors import SettingsError
 from flam_core.model import Dynamics, Flam
 from flam_core.model.attention import Attention, PositionCode, RelativeTime
 from flam_core.model.factorizer import Factorizer
@@ -159,6 +160,28 @@ def test_gaussian_samples_have_the_posteriors_moments() -> None:
     samples = latent(h.expand(20_000, 1, 1, -1)).sample[:, 0, 0]
     assert torch.allclose(samples.mean(dim=0), mean, atol=0.03)
     assert torch.allclose(samples.std(dim=0), (0.5 * log_variance).exp(), atol=0.03)
+
+
+def test_the_gain_of_the_log_variance_is_of_what_is_learnt() -> None:
+    """At the start it changes nothing; then a step of Adam moves the log-variance so many times as far."""
+    h = torch.randn(2, 3, MODEL.factors, MODEL.width, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for gain in (1.0, 20.0):
+        torch.manual_seed(0)
+        latent = GaussianLatent(replace(MODEL, log_variance_gain=gain))
+        optimiser = torch.optim.Adam(latent.parameters(), lr=1e-3)
+        first = latent(h).penalty
+        first.mean().backward()
+        optimiser.step()
+        moved.append((first.detach(), float((first - latent(h).penalty).detach().mean())))
+    torch.testing.assert_close(moved[0][0], moved[1][0])
+    assert moved[1][1] > 5 * moved[0][1] > 0
+
+
+@pytest.mark.parametrize("gain", [0.0, -1.0])
+def test_a_gain_that_is_none_is_refused(gain: float) -> None:
+    with pytest.raises(SettingsError, match="log_variance_gain"):
+        replace(MODEL, log_variance_gain=gain)
 
 
 def test_the_posterior_starts_at_the_configured_noise() -> None:

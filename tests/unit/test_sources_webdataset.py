@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pyarrow.fs import SubTreeFileSystem
 
-from flam_core.data.sources import WebDatasetSource
+from flam_core.data.sources import WebDatasetSource, webdataset
 from flam_core.data.videos import VideoOptions
 from flam_core.errors import DataError, SettingsError
 from tests.sources_fixture import (
@@ -240,6 +240,27 @@ def test_a_small_archive_that_unpacks_to_much_is_bad_episodes_and_no_more(tmp_pa
     assert all(words in reasons[name] for name, words in expected.items()), reasons
     assert {place.name for place in home.iterdir()} == {"t.tar.gz", "set"}
     assert {place.name for place in tmp_path.rglob("*.mp4")} == set()
+
+
+def test_an_episode_that_is_too_large_as_it_is_stored_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webdataset, "_MOST_EPISODE", 1 << 16)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    members = {f"long/{i}.png": image_bytes(noise) for i in range(8)}
+    members |= {f"good{i}.mp4": video_bytes(EPISODES[i].frames) for i in range(3)}
+    report, stored = store(source(write_tar(tmp_path / "t.tar", members), image_fps=10.0), tmp_path / "set")
+    assert set(stored) == {f"t/good{i}" for i in range(3)}
+    (bad,) = report.bad
+    assert bad.reason == "more than 65536 bytes in one episode"
+
+
+def test_of_a_sample_no_more_is_read_than_an_episode_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "_MOST_EPISODE", 1 << 16)
+    archive = write_tar(tmp_path / "t.tar", {f"ep.a{i}.mp4": bytes(1 << 14) for i in range(8)})
+    (sample,) = webdataset._samples(FS, str(archive))
+    assert sum(map(len, sample.members.values())) == sample.size == 1 << 16
+    assert sample.refused == "ep.a7.mp4 has 16384 bytes, more than 0"
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

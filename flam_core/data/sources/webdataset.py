@@ -148,6 +148,8 @@ class _Sample:
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     """Content by name; empty for what is passed over."""
+    size: int = 0
+    """Bytes of all content."""
     refused: str | None = None
 
     @property
@@ -159,11 +161,12 @@ class _Sample:
         if suffix in _PICKLES:
             self.refused = f"{name} is a pickle, which can run code when it is read: store .json or .npz"
         read = suffix in SUFFIXES | IMAGE_SUFFIXES | _TRUTHS
-        most = _MOST_TRUTH if suffix in _TRUTHS else _MOST_EPISODE
+        most = _MOST_TRUTH if suffix in _TRUTHS else _MOST_EPISODE - self.size
         if read and size > most:
-            self.refused = f"{name} has {size} bytes, more than {most}"
+            self.refused = f"{name} has {size} bytes, more than {max(most, 0)}"
             read = False
         self.members[name] = content.read() if read and content is not None else b""
+        self.size += len(self.members[name])
 
 
 @dataclass
@@ -183,7 +186,7 @@ class _Episode:
     refused: str | None = None
 
     def add(self, sample: _Sample) -> None:
-        self.size += sum(map(len, sample.members.values()))
+        self.size += sample.size
         if self.size > _MOST_EPISODE:  # and none of it is kept
             self.refused = f"more than {_MOST_EPISODE} bytes in one episode"
             self.pictures.clear()
