@@ -13,38 +13,43 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/cluster.py` puts only jobs/ on the path
 
-from flam_core.errors import EnvironmentFault, SettingsError
+import tyro
+
+from flam_core.errors import EnvironmentFault
 from services.console import run_program, table
 from services.local import LocalSettings, bring_up, running, take_down
 from services.local.cluster import ENV_FILE
 
-_COMMANDS = ("up", "status", "down")
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(LocalSettings):
+    """What `jobs/cluster.py` takes."""
+
+    command: tyro.conf.Positional[Literal["up", "status", "down"]]
+    """Start what is not there; look; stop what was started."""
 
 
-def main(settings: LocalSettings) -> None:
-    """Do what the first word says."""
-    folder = Path(settings.folder).absolute()
-    if _command == "down":
+def main(arguments: Arguments) -> None:
+    """Do it."""
+    folder = Path(arguments.folder).absolute()
+    if arguments.command == "down":
         if not running(folder):
             print(f"nothing was started from {folder}")
         take_down(folder)
         return
-    if _command == "up":
-        bring_up(settings, Path(os.environ.get("FLAM_HOME", ".")))
+    if arguments.command == "up":
+        bring_up(arguments, Path(os.environ.get("FLAM_HOME", ".")))
     parts = running(folder)
     if not parts:
         raise EnvironmentFault(f"no cluster was started from {folder}", fix="make cluster")
-    table(
-        "cluster",
-        {
-            one.name: f"{one.url}  pid {one.pid}  {'runs' if one.alive else 'HAS ENDED: see ' + one.log}"
-            for one in parts
-        },
-    )
+    stands = {one.name: "runs" if one.alive else f"HAS ENDED: see {one.log}" for one in parts}
+    table("cluster", {one.name: f"{one.url}  pid {one.pid}  {stands[one.name]}" for one in parts})
     if not all(one.alive for one in parts):
         raise EnvironmentFault("a part of the cluster has ended", fix="make cluster-down, then make cluster.")
     _explain(folder, {one.name: one.url for one in parts})
@@ -66,13 +71,4 @@ def _explain(folder: Path, urls: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    _command, *_words = sys.argv[1:] or ["help"]
-    if _command in ("-h", "--help", "help"):
-        _command, _words = "help", ["--help"]
-
-    def _checked(settings: LocalSettings) -> None:
-        if _command not in _COMMANDS:
-            raise SettingsError(f"{_command} is not a command", fix=f"Commands: {', '.join(_COMMANDS)}.")
-        main(settings)
-
-    run_program(LocalSettings, _checked, argv=_words, description=__doc__ or "")
+    run_program(Arguments, main, description=__doc__ or "")

@@ -166,7 +166,7 @@ def _prometheus(layout: Layout) -> Part:
     folder = layout.folder / "prometheus"
     folder.mkdir(exist_ok=True)
     (folder / "prometheus.yml").write_text(
-        _SCRAPE.format(targets=layout.ray_files / "prom_metrics_service_discovery.json")
+        _SCRAPE.format(alerts=_ALERTS, targets=layout.ray_files / "prom_metrics_service_discovery.json")
     )
     options = {
         "config.file": folder / "prometheus.yml",
@@ -177,8 +177,10 @@ def _prometheus(layout: Layout) -> Part:
     return Part("prometheus", [program, *_flags(options)], _environment(), folder, url, f"{url}/-/ready", {})
 
 
+_ALERTS = Path(__file__).resolve().parents[2] / "infra" / "monitoring" / "alerts.yml"
 _SCRAPE = """\
 global: {{scrape_interval: 10s}}
+rule_files: ["{alerts}"]
 scrape_configs:
   - job_name: ray
     file_sd_configs: [{{files: ["{targets}"]}}]
