@@ -183,7 +183,7 @@ global: {{scrape_interval: 10s}}
 rule_files: ["{alerts}"]
 scrape_configs:
   - job_name: ray
-    file_sd_configs: [{{files: ["{targets}"]}}]
+    file_sd_configs: [{{files: ["{targets}"], refresh_interval: 10s}}] # Ray writes it after Prometheus has looked
 """
 
 
