@@ -12,7 +12,7 @@ import pytest
 
 from tests.services.conftest import Cluster, environment, run_job, said, storage_environment
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SETTINGS, ENVIRONMENT = 2, 3
 
