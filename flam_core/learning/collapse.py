@@ -111,6 +111,11 @@ class CollapseWatch:
         self._held_at = {name: last for name, last in self._held_at.items() if last >= ended}
         return new
 
+    @property
+    def holding(self) -> frozenset[FindingName]:
+        """The findings that have begun in this stage and not ended."""
+        return frozenset(self._held_at)
+
     def state(self) -> dict[str, Any]:
         """All that `observe` remembers, as plain JSON values: some kilobytes at most."""
         return {

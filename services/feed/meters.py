@@ -6,8 +6,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
-from ray.util.metrics import Gauge
-
 
 @dataclass
 class FeedMeters:
@@ -52,19 +50,3 @@ class FeedMeters:
         for part in fields(self):
             setattr(self, part.name, getattr(fresh, part.name))
         return found
-
-
-class FeedGauges:
-    """The same numbers as metrics of Ray, which its dashboard and Prometheus show for every rank."""
-
-    def __init__(self, run: str, rank: int) -> None:
-        self._tags = {"flam_run": run, "rank": str(rank)}
-        self._gauges: dict[str, Gauge] = {}
-
-    def set(self, values: dict[str, float]) -> None:
-        """Show `values`: `feed/queue_depth` becomes `flam_feed_queue_depth`."""
-        for name, value in values.items():
-            if name not in self._gauges:
-                flat = f"flam_{name.replace('/', '_')}"
-                self._gauges[name] = Gauge(flat, f"flam: {name} (docs/metrics.md)", tag_keys=tuple(self._tags))
-            self._gauges[name].set(value, tags=self._tags)

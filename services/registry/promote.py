@@ -13,6 +13,7 @@ from flam_core.config_json import from_dict
 from flam_core.data.quarantine import MAX_BAD_SHARE, BadClip
 from flam_core.errors import DataError, SettingsError
 from services.feed import FeedSource
+from services.registry.announce import announce, pushgateway
 from services.registry.champion import CANDIDATE, CHAMPION, Champions, Version
 from services.registry.gate import Decision, Margins, Measured, decide, latency_ms
 from services.registry.versions import download
@@ -39,8 +40,9 @@ def promote(promotion: Promotion, margins: Margins, *, dry_run: bool = False) ->
     """Decide and, but for a dry run, do it; the decision, and where it is kept (with the challenger's run).
 
     Raises DataError if there is no challenger, or its data are not there or not those that were meant; EnvironmentFault
-    if another promotion is under way.
+    if another promotion is under way. A Pushgateway (`announce.PUSHGATEWAY`) hears of the decision.
     """
+    gateway = pushgateway()
     champions = Champions(promotion.tracking_uri, promotion.name)
     with champions.lock() as still_mine:
         challenger = _challenger(champions, promotion)
@@ -75,6 +77,8 @@ def promote(promotion: Promotion, margins: Margins, *, dry_run: bool = False) ->
             still_mine()
             champions.promote(challenger, champion)
         place = champions.record(decision, challenger, content)
+    if gateway is not None and (trouble := announce(gateway, promotion.name, decision)) is not None:
+        print(f"warning: {trouble}", flush=True)
     return decision, place
 
 

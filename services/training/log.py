@@ -15,11 +15,11 @@ from flam_core.learning.cost import step_flops
 from flam_core.learning.schedule import autocast_dtype
 from flam_core.learning.trainer import Trainer
 from services.feed import FeedMeters, FeedPlan
-from services.feed.meters import FeedGauges
 from services.feed.spill import spilled_bytes
 from services.tracking.journal import Journal
 from services.training.job import WorkerJob
 from services.watch import Heart
+from services.watch.gauges import HEALTH, SPEED, Gauges
 
 if TYPE_CHECKING:
     from services.training.held_out import EvaluationDuring
@@ -38,7 +38,7 @@ class TrainLog:
         self.score: dict[int, float] = {}
         """What held-out clips say of the model after a step, if they were asked: PSNR in dB. Higher is better."""
         self._job, self._plan, self._journal, self._heart = job, plan, journal, heart
-        self._gauges = FeedGauges(job.run.path.rpartition("/")[2], heart.rank)
+        self._gauges = Gauges(job.run.path.rpartition("/")[2], heart.rank)
         self._spilled_before = spilled_bytes()
         self._evaluation: EvaluationDuring | None = None
         self._flops: dict[int, float] = {}
@@ -88,6 +88,8 @@ class TrainLog:
             for finding in self.watch.observe(trainer.step - first, values):
                 print(f"warning: {finding}", flush=True)
                 self._journal.tag({f"finding.{finding.name}": f"step {trainer.step}: {finding.said}"})
+            self._gauges.set({key: values[key] for key in (*HEALTH, *SPEED) if key in values})
+            self._gauges.set_findings(self.watch.holding)
         self._reset()
 
     def _speed(self, trainer: Trainer, took: float) -> dict[str, float]:

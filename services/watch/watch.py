@@ -19,6 +19,7 @@ from flam_core.errors import EnvironmentFault
 from services.storage import Location, write_bytes
 from services.watch.beats import Beat
 from services.watch.control import Look
+from services.watch.gauges import Gauges
 from services.watch.goodput import Goodput
 from services.watch.lease import Lease
 from services.watch.stall import Stall, find_stall
@@ -47,6 +48,7 @@ class Watch:
         """Why the run was told to stop; empty: it was not."""
         self._control, self._run, self._lease = control, run, lease
         self._stall_seconds, self._show = stall_seconds, show
+        self._gauges = Gauges(run.path.rpartition("/")[2])
         self._look: Look | None = None
         self._killed: set[tuple[str, int]] = set()
         self._closed = threading.Event()
@@ -101,6 +103,7 @@ class Watch:
                 self.goodput.spans.append(beat.spans)
         if (first := look.beats.get(0)) is not None:
             self.goodput.hear(first)
+            self._gauges.set_goodput(self.goodput.totals())
             if first.line:
                 self._show(f"{first.line}  [{first.stage}]")
 
