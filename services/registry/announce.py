@@ -27,8 +27,8 @@ def pushgateway() -> str | None:
 def announce(address: str, model: str, decision: Decision) -> str | None:
     """Push the newest decision on a model; what went wrong, if it did: the decision stands all the same.
 
-    Prometheus then has, by `model`, `flam_gate_promoted` (1, or 0 if the challenger was refused), `flam_gate_gain` (of the
-    main metric, over the champion) and `flam_gate_decided_seconds` (Unix time).
+    Prometheus then has, by `model`, `flam_gate_promoted` (1, or 0 if the challenger was refused), `flam_gate_gain` (of
+    the main metric, over the champion) and `flam_gate_decided_seconds` (Unix time).
     """
     registry = CollectorRegistry()
     values = {
