@@ -17,13 +17,13 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from flam_core.errors import EnvironmentFault, FlamError, SettingsError, unpack
+from flam_core.errors import EnvironmentFault, SettingsError, unpack
 from services.player.deployments import Door, Inference, Scenes
 from services.player.guard import Access
 from services.player.settings import Binding, PlayerSettings
 from services.player.token import choose_token, digest
 from services.tracking.server import default_tracking_uri
-from services.training.cluster import check_head
+from services.training.cluster import join_or_start
 
 _NAME = "flam-player"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -127,28 +127,11 @@ def _connect(binding: Binding) -> bool:
     if ray.is_initialized():
         return False
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        if address:
-            check_head(address)
-            ray.init(address=address, logging_level=logging.WARNING)
-            return False
+    if not address:
         _check_port(binding)
-        ray.init(
-            address="local",
-            num_cpus=_CPUS,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-        )
-    except FlamError:
-        raise
-    except Exception as error:  # a machine that is too busy makes Ray raise just that
-        where = f"no Ray cluster at {address} takes this program" if address else "Ray does not start on this machine"
-        raise EnvironmentFault(
-            f"{where}: {str(error).splitlines()[0]}",
-            fix="Check --address or RAY_ADDRESS, and that Ray has the same version there; or wait for free cores.",
-        ) from error
-    return True
+    local = {"num_cpus": _CPUS, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
+    join_or_start(address, local, logging_level=logging.WARNING)
+    return not address
 
 
 def _check_port(binding: Binding) -> None:

@@ -17,11 +17,11 @@ from ray.exceptions import RayError
 
 from flam_core.config import Config
 from flam_core.data.manifest import read_manifest
-from flam_core.errors import EnvironmentFault
 from flam_core.learning.trainer import Trainer
 from services.feed import Assembler, FeedPlan, FeedSource, flam_cause, local_steps
 from services.feed.prefetch import memory_for
 from services.storage import resolve
+from services.training.cluster import join_or_start
 from services.training.data import stage_plans
 
 CellT = TypeVar("CellT")
@@ -36,14 +36,7 @@ def ray_for(address: str | None, tasks: int, object_store: int = 128 << 20) -> I
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {} if address else {"num_cpus": tasks, "object_store_memory": object_store}
-    try:
-        ray.init(address=address or "local", logging_level=logging.WARNING, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EnvironmentFault(
-            f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}",
-            fix="Check --address or RAY_ADDRESS, and that Ray has the same version there.",
-        ) from error
+    join_or_start(address, {"num_cpus": tasks, "object_store_memory": object_store}, logging_level=logging.WARNING)
     try:
         yield
     finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from flam_core.errors import EnvironmentFault
+from flam_core.errors import EnvironmentFault, FlamError
 from services.storage import CHAOS_SHARE
 from services.training.chaos import S3_SHARE, Fault, parse_chaos
 from services.training.elastic import parse_workers
@@ -30,23 +31,36 @@ def connect(settings: TrainSettings) -> bool:
         common["runtime_env"] = {"env_vars": {CHAOS_SHARE: str(S3_SHARE)}}
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else every line of a worker appears twice
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    cpus = max(os.cpu_count() or 1, int(parse_workers(settings.workers).most * settings.worker_cpus) + 2)
+    join_or_start(address, {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}, **common)
+    return True
+
+
+def join_or_start(address: str | None, local: Mapping[str, Any], **common: Any) -> None:
+    """Join the cluster at `address`, else start a Ray here with the arguments `local` (`num_cpus`: logical ones).
+
+    Raises EnvironmentFault if that cluster does not take this program, or Ray does not start.
+    """
     try:
         if address:
             check_head(address)
             ray.init(address=address, **common)
         else:
-            most = parse_workers(settings.workers).most
-            cpus = max(os.cpu_count() or 1, int(most * settings.worker_cpus) + 2)
             # "local": without an address Ray joins whatever was started on this machine, or tries to: what it goes by
-            # is a file that outlives a head that was killed. num_cpus: logical ones.
-            ray.init(address="local", num_cpus=cpus, object_store_memory=_OBJECT_STORE_BYTES, **common)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            # is a file that outlives a head that was killed.
+            ray.init(address="local", **local, **common)
+    except FlamError:
+        raise
+    except Exception as error:  # a machine that is too busy makes Ray raise just that
+        where = f"no Ray cluster at {address} takes this program" if address else "Ray does not start on this machine"
+        said = str(error).partition("\n")[0]
         raise EnvironmentFault(
-            f"no Ray cluster at {address} takes this program: {str(error).splitlines()[0]}",
+            f"{where}: {said}",
             fix="Check --address or RAY_ADDRESS, that Ray has the same version there, and, if the cluster asks for a "
-            "token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.",
+            "token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+            if address
+            else "Wait for free cores and memory; Ray's own words are in its logs (/tmp/ray/session_latest/logs).",
         ) from error
-    return True
 
 
 def check_head(address: str) -> None:
