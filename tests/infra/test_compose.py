@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from services.registry.announce import PUSHGATEWAY
 from tests.infra.rules import SECRET_NAME
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -87,7 +88,7 @@ def broken(compose: Document) -> Iterator[str]:
 
 def test_no_rule_is_broken(compose: Document) -> None:
     assert list(broken(compose)) == []
-    assert set(compose["services"]) == {"ray", "mlflow", "s3", "prometheus", "grafana", "ray-dashboards"}
+    assert set(compose["services"]) == {"ray", "mlflow", "s3", "prometheus", "pushgateway", "grafana", "ray-dashboards"}
 
 
 def _ray(compose: Document) -> Document:
@@ -134,7 +135,9 @@ def test_parts_find_one_another(compose: Document) -> None:
     (source,) = yaml.safe_load((REPOSITORY / "infra/monitoring/grafana/datasource.yaml").read_text())["datasources"]
     named = {source["url"], *_addresses(compose)}
     hosts = {re.match(r"http://([a-z0-9.]+):", each)[1] for each in named}  # type: ignore[index]
-    assert hosts - {"127.0.0.1"} == {"prometheus", "mlflow", "s3"}
+    assert hosts - {"127.0.0.1"} == {"prometheus", "pushgateway", "mlflow", "s3"}
+    (pushed,) = [each["static_configs"][0]["targets"] for each in scrapes if each["job_name"] == "pushgateway"]
+    assert services["ray"]["environment"][PUSHGATEWAY] == f"http://{pushed[0]}"
     assert services["ray"]["environment"]["RAY_AUTH_MODE"] == "token"
     assert "--app-name=basic-auth" in services["mlflow"]["command"]
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
+from services.registry.announce import PUSHGATEWAY
 from tests.infra.manifests import KUBERAY, KUBERNETES, OVERLAYS, REPOSITORY, Document, cluster, container_of, one
 from tests.infra.rules import pods
 from tests.infra.schemas import errors
@@ -24,6 +26,9 @@ def test_all_parts_are_there(documents: list[Document]) -> None:
         ("RayJob", "flam-tune"),
         ("Deployment", "mlflow"),
         ("StatefulSet", "postgresql"),
+        ("Deployment", "prometheus"),
+        ("Deployment", "pushgateway"),
+        ("Deployment", "grafana"),
         ("PodDisruptionBudget", "flam-ray-head"),
         ("NetworkPolicy", "default-deny"),
     }
@@ -100,6 +105,20 @@ def test_entrypoints_are_commands_that_the_jobs_take(documents: list[Document], 
     assert spec["suspend"] is True, "apply must start nothing"
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"] is True
+
+
+def test_the_gate_and_prometheus_mean_one_pushgateway(documents: list[Document]) -> None:
+    spec = cluster(documents)
+    scrapes = yaml.safe_load(one(documents, "ConfigMap", "prometheus")["data"]["prometheus.yml"])["scrape_configs"]
+    (pushed,) = [each for each in scrapes if each["job_name"] == "pushgateway"]
+    assert pushed["honor_labels"] is True, "Prometheus would put its own `job` over the one that was pushed"
+    (address,) = pushed["static_configs"][0]["targets"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        environment = {each["name"]: each.get("value") for each in container_of(group)["env"]}
+        assert environment[PUSHGATEWAY] == f"http://{address}"
+    host, _, port = address.partition(":")
+    assert [each["port"] for each in one(documents, "Service", host)["spec"]["ports"]] == [int(port)]
+    assert one(documents, "Deployment", host)["spec"]["replicas"] == 1
 
 
 # Schemas

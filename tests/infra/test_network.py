@@ -14,12 +14,13 @@ PARTS = {
     "mlflow": {"flam-part": "mlflow"},
     "postgresql": {"flam-part": "postgresql"},
     "prometheus": {"flam-part": "prometheus"},
+    "pushgateway": {"flam-part": "pushgateway"},
     "grafana": {"flam-part": "grafana"},
     "operator": {"app.kubernetes.io/name": "kuberay-operator", "elsewhere": "yes"},
     "stranger": {"elsewhere": "yes"},
     "outside": OUTSIDE,
 }
-PORTS = (80, 443, 3000, 5000, 5432, 6379, 6443, 8080, 8265, 9090, 10001)
+PORTS = (80, 443, 3000, 5000, 5432, 6379, 6443, 8080, 8265, 9090, 9091, 10001)
 ALL_PORTS = {(source, target, port) for source in ("head", "worker") for target in ("head", "worker") for port in PORTS}
 OPEN = ALL_PORTS | {
     ("head", "mlflow", 5000),
@@ -33,6 +34,9 @@ OPEN = ALL_PORTS | {
     ("head", "outside", 6443),
     ("prometheus", "head", 8080),
     ("prometheus", "worker", 8080),
+    ("head", "pushgateway", 9091),
+    ("worker", "pushgateway", 9091),
+    ("prometheus", "pushgateway", 9091),
     ("grafana", "prometheus", 9090),
 }
 
