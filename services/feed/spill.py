@@ -5,6 +5,9 @@ from __future__ import annotations
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
+SPILLED = "feed/spilled_bytes"
+"""Of a log line: what was spilled since the process began."""
+
 
 def spilled_bytes() -> int:
     """Bytes that all nodes of the cluster have spilled since it started. Ray has no public call for it."""

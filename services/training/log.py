@@ -15,7 +15,7 @@ from flam_core.learning.cost import step_flops
 from flam_core.learning.schedule import autocast_dtype
 from flam_core.learning.trainer import Trainer
 from services.feed import FeedMeters, FeedPlan
-from services.feed.spill import spilled_bytes
+from services.feed.spill import SPILLED, spilled_bytes
 from services.tracking.journal import Journal
 from services.training.job import WorkerJob
 from services.watch import Heart
@@ -71,14 +71,14 @@ class TrainLog:
         values = {key: float(value) for key, value in trainer.over_ranks(measured, clips).items()}
         took = time.perf_counter() - self._started  # after the values: a GPU has then done these steps
         feed = self.feed.take(took)
-        feed["feed/spilled_bytes"] = float(spilled_bytes() - self._spilled_before)
+        feed[SPILLED] = float(spilled_bytes() - self._spilled_before)
         self._gauges.set(feed)
         self._totals["seconds"] += took
         self._totals["frames"] += self._frames
         self._totals["wait"] += feed["speed/data_wait_share"] * took
         for name in _SUMMED:
             self._totals[name] += feed[f"feed/{name}"]
-        self._totals["spilled_bytes"] = feed["feed/spilled_bytes"]
+        self._totals["spilled_bytes"] = feed[SPILLED]
         values |= feed
         values |= self._speed(trainer, took)
         if self._journal is not None:

@@ -10,13 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MONITORING = REPOSITORY / "infra" / "monitoring"
-_METRIC = re.compile(r"\bray_[a-z0-9_]+")
+_METRIC = re.compile(r"\b(?:ray_[a-z0-9_]+|flam_(?!run\b)[a-z0-9_]+)")
+"""What is exported by Ray, and what is pushed; `flam_run` is a label."""
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -42,13 +44,25 @@ def queries() -> Iterator[tuple[str, str]]:
 
 
 def exported_by_flam() -> set[str]:
-    """The gauges that a worker sets at each log line, as Prometheus sees them."""
+    """The gauges that workers and the driver set, and what the gate pushes, as Prometheus sees them."""
     from services.feed import FeedMeters
+    from services.feed.spill import SPILLED
+    from services.watch.gauges import COLLAPSE, GOODPUT, HEALTH, SPEED, exported
 
-    log = (REPOSITORY / "services" / "training" / "log.py").read_text()
-    added = re.findall(r'^\s+feed\["([a-z_/]+)"\] = .*$', log, re.MULTILINE)
-    assert "self._gauges.set(feed)" in log, "these are no longer what becomes a gauge"
-    return {f"ray_flam_{name.replace('/', '_')}" for name in [*FeedMeters().take(1.0), *added]}
+    gauges = [*FeedMeters().take(1.0), SPILLED, *HEALTH, *SPEED, COLLAPSE, GOODPUT]
+    return {f"ray_{exported(name)}" for name in gauges} | pushed_by_the_gate()
+
+
+def pushed_by_the_gate() -> set[str]:
+    """By a decision as it is announced."""
+    from flam_core.evaluation.stats import Estimate
+    from services.registry import announce
+    from services.registry.gate import Decision
+
+    decision = Decision(True, "", "2", None, "rollout/psnr@10", Estimate(1.0, None, None, None, 1), ())
+    with patch.object(announce, "push_to_gateway") as push:
+        assert announce.announce("http://nowhere", "flam-grid", decision) is None
+    return {metric.name for metric in push.call_args.kwargs["registry"].collect()}
 
 
 def exported_by_ray() -> set[str]:
@@ -71,17 +85,27 @@ def test_metrics_are_exported() -> None:
 
 
 def test_a_metric_that_nobody_exports_is_found() -> None:
-    assert unknown("avg(ray_flam_speed_data_wait_share) > ray_flam_collapse") == {"ray_flam_collapse"}
+    assert unknown("avg by (flam_run) (ray_flam_speed_data_wait_share) > ray_flam_collapsed") == {"ray_flam_collapsed"}
+    assert unknown("flam_collapse + ray_flam_gate_gain") == {"flam_collapse", "ray_flam_gate_gain"}
+    assert unknown("flam_gate_promotion == flam_gate_promoted") == {"flam_gate_promotion"}
     assert unknown("ray_object_store_memory + ray_object_store_memory_spilt") == {"ray_object_store_memory_spilt"}
 
 
 def test_alerts_are_complete() -> None:
-    assert {rule["alert"] for rule in alerts()} == {"FlamRunStalled", "FlamFeedWait", "FlamObjectStoreSpilling"}
+    assert {rule["alert"] for rule in alerts()} == {
+        "FlamRunStalled",
+        "FlamFeedWait",
+        "FlamObjectStoreSpilling",
+        "FlamCollapse",
+        "FlamGateFailed",
+    }
+    runbook = (REPOSITORY / "docs" / "operations.md").read_text()
     for rule in alerts():
         assert re.fullmatch(r"\d+m", rule["for"])
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"].endswith(".")
         assert rule["annotations"]["runbook_url"].endswith(f"docs/operations.md#{rule['alert'].lower()}")
+        assert f"\n### {rule['alert']}\n" in runbook
 
 
 def test_panels_are_complete() -> None:
@@ -97,12 +121,21 @@ def test_panels_are_complete() -> None:
 
 def test_panels_do_not_overlap() -> None:
     taken: dict[tuple[int, int], str] = {}
-    for panel in panels():
+    for panel in json.loads((MONITORING / "grafana" / "flam.json").read_text())["panels"]:
         place = panel["gridPos"]
         for x in range(place["x"], place["x"] + place["w"]):
             for y in range(place["y"], place["y"] + place["h"]):
                 assert x < 24
                 assert taken.setdefault((x, y), panel["title"]) == panel["title"]
+
+
+def test_what_tells_of_learning_speed_and_the_gate_is_shown() -> None:
+    from services.watch.gauges import COLLAPSE, GOODPUT, HEALTH, SPEED, exported
+
+    asked = {name for panel in panels() for target in panel["targets"] for name in _METRIC.findall(target["expr"])}
+    shown = {f"ray_{exported(name)}" for name in (*HEALTH, *SPEED, COLLAPSE, GOODPUT)}
+    assert shown <= asked
+    assert pushed_by_the_gate() - asked == {"flam_gate_decided_seconds"}
 
 
 def test_prometheus_asks_more_often_than_ray_forgets() -> None:
@@ -157,3 +190,15 @@ def test_prometheus_takes_the_rules_and_fires_them(command: list[str]) -> None:
         ["promtool", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian's package prometheus) is not installed")
+def test_prometheus_takes_what_the_panels_ask(tmp_path: Path) -> None:
+    asked = [target["expr"].replace("$run", ".*") for panel in panels() for target in panel["targets"]]
+    rules = [{"record": f"asked:{at}", "expr": expr} for at, expr in enumerate(asked)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    done = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(asked)} rules found" in done.stdout
