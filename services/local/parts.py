@@ -68,7 +68,9 @@ class Layout:
     @property
     def for_users(self) -> dict[str, str]:
         """The environment that opens all parts; jobs of the cluster have the same."""
+        monitored = {"FLAM_PUSHGATEWAY": self.url("pushgateway_port")} if "pushgateway_port" in self.ports else {}
         return {
+            **monitored,
             "FLAM_HOME": str(self.home),
             "RAY_ADDRESS": f"{NODE}:{self.ports['ray_port']}",
             "RAY_API_SERVER_ADDRESS": self.url("dashboard_port"),
@@ -92,7 +94,7 @@ def parts_of(settings: LocalSettings, layout: Layout) -> list[Part]:
     """All parts. Raises EnvironmentFault for a program that is not installed."""
     parts = [_s3(layout), _mlflow(layout), _ray(settings, layout)]
     if settings.metrics:
-        parts.append(_prometheus(layout))
+        parts += [_pushgateway(layout), _prometheus(layout)]
     return parts
 
 
@@ -157,16 +159,28 @@ def _ray(settings: LocalSettings, layout: Layout) -> Part:
     )
 
 
+def _pushgateway(layout: Layout) -> Part:
+    program = _program("prometheus-pushgateway")
+    folder = layout.folder / "pushgateway"
+    folder.mkdir(exist_ok=True)
+    options = {
+        "persistence.file": folder / "metrics",
+        "web.listen-address": f"{HOST}:{layout.ports['pushgateway_port']}",
+    }
+    url = layout.url("pushgateway_port")
+    return Part("pushgateway", [program, *_flags(options)], _environment(), folder, url, f"{url}/-/ready", {})
+
+
 def _prometheus(layout: Layout) -> Part:
-    program = shutil.which("prometheus")
-    if program is None:
-        raise EnvironmentFault(
-            "--metrics: there is no program `prometheus`", fix="apt-get install prometheus, or leave --metrics out."
-        )
+    program = _program("prometheus")
     folder = layout.folder / "prometheus"
     folder.mkdir(exist_ok=True)
     (folder / "prometheus.yml").write_text(
-        _SCRAPE.format(alerts=_ALERTS, targets=layout.ray_files / "prom_metrics_service_discovery.json")
+        _SCRAPE.format(
+            alerts=_ALERTS,
+            targets=layout.ray_files / "prom_metrics_service_discovery.json",
+            pushgateway=f"{HOST}:{layout.ports['pushgateway_port']}",
+        )
     )
     options = {
         "config.file": folder / "prometheus.yml",
@@ -184,7 +198,19 @@ rule_files: ["{alerts}"]
 scrape_configs:
   - job_name: ray
     file_sd_configs: [{{files: ["{targets}"], refresh_interval: 10s}}] # Ray writes it after Prometheus has looked
+  - job_name: pushgateway
+    honor_labels: true
+    static_configs: [{{targets: ["{pushgateway}"]}}]
 """
+
+
+def _program(name: str) -> str:
+    """Where it is. Raises EnvironmentFault if it is not installed."""
+    if (found := shutil.which(name)) is None:
+        raise EnvironmentFault(
+            f"--metrics: there is no program `{name}`", fix=f"apt-get install {name}, or leave --metrics out."
+        )
+    return found
 
 
 def _flags(options: Mapping[str, object]) -> list[str]:

@@ -22,8 +22,10 @@ class LocalSettings:
     mlflow_port: int = 5000
     s3_port: int = 9000
     prometheus_port: int = 9090
+    pushgateway_port: int = 9091
     metrics: bool = False
-    """Start Prometheus as well: it needs the program `prometheus` (Debian's package of that name)."""
+    """Start Prometheus and its Pushgateway as well: it needs the programs `prometheus` and `prometheus-pushgateway`
+    (Debian's packages of these names)."""
 
     def __post_init__(self) -> None:
         for name, port in self.ports().items():
@@ -41,5 +43,5 @@ class LocalSettings:
         """By the name of the setting."""
         names = ["ray_port", "dashboard_port", "mlflow_port", "s3_port"]
         if self.metrics:
-            names.append("prometheus_port")
+            names += ["prometheus_port", "pushgateway_port"]
         return {name: getattr(self, name) for name in names}
