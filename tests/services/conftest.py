@@ -120,6 +120,8 @@ class RayHead:
     """For `--address`."""
     dashboard: str
     """For `ray job submit --address`."""
+    metrics: str
+    """What Prometheus reads."""
 
 
 @contextmanager
@@ -162,7 +164,7 @@ def running_head(folder_of_log: Path, **variables: str) -> Iterator[RayHead]:
     try:
         url = f"http://{HEAD_ADDRESS}:{dashboard}"
         wait_for_page(f"{url}/api/version", head, log, 120, variables.get("RAY_AUTH_TOKEN"))
-        yield RayHead(f"{HEAD_ADDRESS}:{gcs}", url)
+        yield RayHead(f"{HEAD_ADDRESS}:{gcs}", url, f"http://{HEAD_ADDRESS}:{metrics}/metrics")
     finally:
         kill_group(head, 5)  # it would wait 30 s for tasks to drain
         shutil.rmtree(folder, ignore_errors=True)
