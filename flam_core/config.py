@@ -275,6 +275,11 @@ class LossConfig:
     """Weight of the KL, summed over slots and latent dimensions."""
     beta_warmup: tuple[float, float] = (0.0, 0.0)
     """Shares of the steps at which beta starts to rise from zero and at which it is reached."""
+    final_beta: float | None = None
+    """What beta comes down to at the end; None: it stays. While it is high, latent actions are told apart in few ways,
+    the same everywhere; when it is low again, what they say comes through without noise (docs/devlog.md)."""
+    beta_cooldown: tuple[float, float] = (0.6, 0.8)
+    """Shares of the steps at which beta starts to come down and at which `final_beta` is reached."""
     codebook_warmup: float = 0.0
     """Share of the steps for which discrete latent actions are not quantised yet. Codes then start as clusters of what
     the dynamics have learnt to listen to; from random codes they may never begin to (docs/devlog.md)."""
@@ -295,6 +300,16 @@ class LossConfig:
         start, end = self.beta_warmup
         if not 0 <= start <= end <= 1:
             raise SettingsError(f"loss.beta_warmup = {self.beta_warmup}", fix="Give 0 <= start <= end <= 1.")
+        if self.final_beta is not None:
+            if not end <= self.beta_cooldown[0] <= self.beta_cooldown[1] <= 1:
+                raise SettingsError(
+                    f"loss.beta_cooldown = {self.beta_cooldown}",
+                    fix=f"Give start <= end <= 1, from the end of beta_warmup ({end:g}) on.",
+                )
+            if not 0 <= self.final_beta <= self.beta:
+                raise SettingsError(
+                    f"loss.final_beta = {self.final_beta}", fix=f"Give 0 to loss.beta ({self.beta:g})."
+                )
         if not 0 <= self.codebook_warmup < 1:
             raise SettingsError(f"loss.codebook_warmup = {self.codebook_warmup}", fix="It is a share: 0 to below 1.")
         if (

@@ -26,10 +26,16 @@ def tokenizer_loss(
 
 def beta_at(config: LossConfig, progress: float) -> float:
     """The weight of the KL when a share `progress` in [0, 1] of the steps is done."""
-    start, end = config.beta_warmup
-    if progress < start or end == 0:
-        return config.beta if end == 0 else 0.0
-    return config.beta * min(1.0, (progress - start) / max(end - start, 1e-9))
+    beta = config.beta * _ramp(config.beta_warmup, progress)
+    if config.final_beta is None:
+        return beta
+    return beta + (config.final_beta - beta) * _ramp(config.beta_cooldown, progress)
+
+
+def _ramp(between: tuple[float, float], progress: float) -> float:
+    """0 before a span of steps, 1 from its end on."""
+    start, end = between
+    return float(progress >= end) if start == end else min(1.0, max(0.0, (progress - start) / (end - start)))
 
 
 def flam_loss(
