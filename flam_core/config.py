@@ -307,9 +307,7 @@ class LossConfig:
                     fix=f"Give start <= end <= 1, from the end of beta_warmup ({end:g}) on.",
                 )
             if not 0 <= self.final_beta <= self.beta:
-                raise SettingsError(
-                    f"loss.final_beta = {self.final_beta}", fix=f"Give 0 to loss.beta ({self.beta:g})."
-                )
+                raise SettingsError(f"loss.final_beta = {self.final_beta}", fix=f"Give 0 to loss.beta ({self.beta:g}).")
         if not 0 <= self.codebook_warmup < 1:
             raise SettingsError(f"loss.codebook_warmup = {self.codebook_warmup}", fix="It is a share: 0 to below 1.")
         if (
