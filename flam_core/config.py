@@ -109,6 +109,9 @@ class ModelConfig:
     slot_sharpness: float = 1.0
     """Initial factor on the slot-attention logits (it is learned). At 1 every slot starts by looking at everything
     alike; at 8 slots differ from the first step, which is what lets small entities bind."""
+    aggregator_attention: Literal["softmax", "additive"] = "softmax"
+    """How a patch hears the predicted slots. "softmax": it shares its attention out among them (the paper). "additive":
+    it attends to each by itself, and what they say adds up: one entity leaves a place while another comes to it."""
     aggregator_sharpness: float = 1.0
     """Initial standard deviation of the aggregator's attention logits. A patch must find the slot that moves onto it
     by matching positions; from 1 that takes several times as long as from 3 (docs/devlog.md)."""

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flam_core.config import ModelConfig
-from flam_core.model.attention import Attention, FeedForward, SpatialBlock, TemporalBlock
+from flam_core.model.attention import AdditiveAttention, Attention, FeedForward, SpatialBlock, TemporalBlock
 from flam_core.model.latent_action import LatentActions, make_latent
 
 _PLACE_HIDDEN = 8
@@ -118,7 +118,8 @@ class ForwardDynamics(nn.Module):
 class Aggregator(nn.Module):
     """z^_{t+1} = AGG(z_t, s^_{t+1}^{1:K}): current patches ask the predicted slots what becomes of them.
 
-    A learned null key lets a patch that no slot concerns attend to nothing. The output is added to z_t.
+    A learned null key lets a patch that no slot concerns attend to nothing. The output is added to z_t. With
+    `aggregator_attention` "additive", what becomes of a patch is the sum of what slots do to it.
     """
 
     def __init__(self, config: ModelConfig, feature_dim: int, position: nn.Module) -> None:
@@ -129,8 +130,9 @@ class Aggregator(nn.Module):
         self.slots = nn.Linear(width, width)
         self.null = nn.Parameter(torch.randn(1, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.blocks))
+        kind = AdditiveAttention if config.aggregator_attention == "additive" else Attention
         self.attentions = nn.ModuleList(
-            Attention(width, config.heads, config.aggregator_sharpness) for _ in range(config.blocks)
+            kind(width, config.heads, config.aggregator_sharpness) for _ in range(config.blocks)
         )
         self.mlps = nn.ModuleList(FeedForward(width, 2 * width) for _ in range(config.blocks))
         self.slot_norm = nn.LayerNorm(width)

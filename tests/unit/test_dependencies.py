@@ -169,8 +169,9 @@ def test_slots_depend_on_frames_so_far(competition: str, window: int, focus: flo
     assert_depends_exactly_on(before_last[..., :1], strengths(masks, z))
 
 
-def test_the_aggregator_sees_one_frame_and_its_predicted_slots() -> None:
-    settings = config()
+@pytest.mark.parametrize("attention", ["softmax", "additive"])
+def test_the_aggregator_sees_one_frame_and_its_predicted_slots(attention: str) -> None:
+    settings = config(aggregator_attention=attention)
     position = Factorizer(settings, CHANNELS, TOKENIZER.grid).position
     aggregator = shaken(Aggregator(settings, CHANNELS, position))
     z, slots = source(2, FRAMES, TOKENIZER.patches, CHANNELS), source(2, FRAMES, FACTORS, WIDTH)
