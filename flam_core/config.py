@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flam_core.config_evaluation import EvaluationConfig
@@ -318,6 +318,11 @@ class LossConfig:
             < 0
         ):
             raise SettingsError("loss weights must not be negative", fix="Check loss.*.")
+
+    def with_beta(self, beta: float) -> LossConfig:
+        """The same with another beta. One that is below `final_beta` stays as it is to the end."""
+        final = self.final_beta
+        return replace(self, beta=beta, final_beta=None if final is None or beta < final else final)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ FACTORING = (
 FRAMES = 64
 """Of an episode."""
 _ABLATED_AGENTS = 4
-_BETAS = (1e-5, 2e-4, 1e-3, 1e-2)
+_BETAS = (1e-5, 2e-4, 1e-2, 3e-1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def ablation_cells(settings: StudySettings) -> list[Cell]:
             model = replace(base.model, factors=factors, latent_width=factors * base.model.action_dim)
             changed[f"factors-{factors}"] = replace(base, model=model)
         for beta in _BETAS:
-            changed[f"beta-{beta:g}"] = replace(base, loss=replace(base.loss, beta=beta))
+            changed[f"beta-{beta:g}"] = replace(base, loss=base.loss.with_beta(beta))
         chosen = _chosen(settings, tuple(changed))
         data = data_digest(settings, _ABLATED_AGENTS)
         cells += [Cell(name, _ABLATED_AGENTS, seed, changed[name], data) for name in chosen]

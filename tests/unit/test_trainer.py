@@ -326,6 +326,12 @@ def test_beta_rises_between_the_two_shares() -> None:
     assert [beta_at(LossConfig(beta=2.0, beta_warmup=(0.5, 0.5)), p) for p in (0.4, 0.6)] == [0, 2]
 
 
+@pytest.mark.parametrize(("beta", "end"), [(2.0, 1.0), (1.0, 1.0), (0.5, 0.5)])
+def test_another_beta_never_rises_at_the_end(beta: float, end: float) -> None:
+    loss = LossConfig(beta=3.0, final_beta=1.0).with_beta(beta)
+    assert [beta_at(loss, p) for p in (0.3, 1.0)] == [beta, end]
+
+
 def test_beta_comes_down_again_if_told_to() -> None:
     loss = LossConfig(beta=2.0, beta_warmup=(0.2, 0.4), final_beta=1.0, beta_cooldown=(0.6, 0.8))
     assert [beta_at(loss, p) for p in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0)] == pytest.approx([0, 1, 2, 2, 1.5, 1, 1])
