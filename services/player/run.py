@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client  # what `serve.start` found, which it does not return
 from ray.serve.schema import LoggingConfig
 
 from flam_core.errors import EnvironmentFault, SettingsError, unpack
@@ -54,7 +56,9 @@ def player(settings: PlayerSettings, binding: Binding) -> Iterator[Place]:
 
     Raises SettingsError, DataError or EnvironmentFault for a model, data or a port that cannot be had.
     """
-    token = None if binding.no_token else choose_token(binding.token, binding.host)
+    # Who else reaches a cluster's head is not for this program to know, whatever host it asks for.
+    shared = ray.is_initialized() or bool(_cluster(binding))
+    token = None if binding.no_token else choose_token(binding.token, binding.host, shared=shared)
     hosts = (*_LOOPBACK, binding.host.strip("[]"), *binding.allow_host)
     access = Access(None if token is None else digest(token), None if token or binding.no_token else hosts)
     settings = _absolute(settings)
@@ -63,9 +67,13 @@ def player(settings: PlayerSettings, binding: Binding) -> Iterator[Place]:
         if address is not None:
             _check_model(address, tracking)
     started = _connect(binding)
+    deployed = False
     try:
         http: dict[str, Any] = {"host": binding.host, "port": binding.port}
         serve.start(http_options=http, proxy_location="HeadOnly", logging_config=_LOGGING)
+        # On a cluster Serve may have run before, and then listens where it did.
+        check_serve(_get_global_client().http_config, serve.status().applications, binding)
+        deployed = True
         serve.run(_app(settings, access, tracking), name=_NAME, route_prefix="/", blocking=False)
         failed = serve.get_app_handle(_NAME).ready.remote().result(timeout_s=_START_SECONDS)
         if failed is not None:
@@ -76,8 +84,26 @@ def player(settings: PlayerSettings, binding: Binding) -> Iterator[Place]:
         if started:
             serve.shutdown()
             ray.shutdown()
-        else:
+        elif deployed:
             serve.delete(_NAME)
+
+
+def check_serve(http: HTTPOptions, applications: Collection[str], binding: Binding) -> None:
+    """Raises EnvironmentFault if Serve listens elsewhere than the player is to, or has a player already."""
+    there, wanted = (http.host, http.port, http.root_path), (binding.host, binding.port, "")
+    if there != wanted:
+        raise EnvironmentFault(
+            f"Ray Serve runs on this cluster already, and listens on {http.host}:{http.port}{http.root_path}, not on "
+            f"{binding.host}:{binding.port}",
+            fix="Give the --host and --port that it has, or end it with `serve shutdown` on the cluster's head, which "
+            "ends all that it serves.",
+        )
+    if _NAME in applications:
+        raise EnvironmentFault(
+            f"this cluster has a player already, the Serve application {_NAME}",
+            fix="End the program that started it (Ctrl-C). If that is gone, on the cluster's head: python -c \"import ray; "
+            f"from ray import serve; ray.init('auto'); serve.delete('{_NAME}')\".",
+        )
 
 
 def wait() -> None:
@@ -121,9 +147,14 @@ def _deployment(kind: type, actor: dict[str, Any], **options: Any) -> Any:
     return serve.deployment(kind, ray_actor_options=actor, logging_config=_LOGGING, **options)
 
 
+def _cluster(binding: Binding) -> str | None:
+    """The address of the cluster that is to be joined; None: there is none."""
+    return binding.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def _connect(binding: Binding) -> bool:
     """Join the cluster, or start a Ray; whether this process started it."""
-    address = binding.address or os.environ.get("RAY_ADDRESS")
+    address = _cluster(binding)
     if ray.is_initialized():
         return False
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

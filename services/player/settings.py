@@ -94,7 +94,7 @@ class Binding:
     port: int = 8000
     token: str | None = None
     """That requests must carry; better in FLAM_PLAYER_TOKEN, since others see command lines. Default: none on a
-    loopback address, else one that is made and printed."""
+    loopback address of a Ray of its own, else one that is made and printed."""
     no_token: bool = False
     """Ask for none, though others can reach the server: where a proxy before it asks who they are."""
     allow_host: tuple[str, ...] = ()

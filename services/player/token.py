@@ -25,14 +25,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def choose_token(given: str | None, host: str) -> str | None:
+def choose_token(given: str | None, host: str, *, shared: bool = False) -> str | None:
     """The given one, that of the environment, or a fresh one where others can reach the server; else None.
+
+    shared: it is on a cluster, whose head listens where it was told to.
 
     Raises SettingsError for one that can be guessed.
     """
     token = given or os.environ.get(VARIABLE) or None
     if token is None:
-        return None if is_loopback(host) else secrets.token_urlsafe(24)
+        return None if is_loopback(host) and not shared else secrets.token_urlsafe(24)
     if len(token) < _LEAST or not token.isascii() or not token.isprintable() or any(c in token for c in ' ";,\\'):
         raise SettingsError(
             f"the token has {len(token)} characters, or some that no header takes",
