@@ -11,13 +11,13 @@ from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from flam_core.errors import EnvironmentFault, FlamError
-from services.player.errors import RETRY_SECONDS, Busy, status_of
-from services.player.guard import HEALTH, Access, Guard
+from services.player.errors import RETRY_SECONDS, Broken, Busy, status_of, unusable
+from services.player.guard import HEALTH, LOG, SEE_LOGS, Access, Guard
 from services.player.settings import PlayerSettings
 from services.player.wire import (
     EditBody,
@@ -48,6 +48,7 @@ _SAID = {
     408: "Too slow.",
     413: "Too many bytes.",
     422: "Something in it cannot be.",
+    500: "An error of the server's own.",
     503: "Busy, or not up.",
 }
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -69,8 +70,10 @@ def make_app(settings: PlayerSettings, access: Access, scenes: Any, inference: A
     @app.get(HEALTH, responses={503: _REFUSALS[503]}, tags=["server"])
     async def health() -> Health:
         """Whether the models are there. Needs no token."""
-        await asked(scenes.ready.remote)
-        await asked(inference.ready.remote)
+        for process in (scenes, inference):
+            failed = await asked(process.ready.remote)
+            if failed is not None:
+                raise unusable(failed)
         return Health(status="ok")
 
     app.include_router(_api(settings, inference, scenes), prefix="/api", responses=_REFUSALS)
@@ -172,7 +175,7 @@ def _scenes(scenes: Any) -> APIRouter:
 
 async def asked(method: Callable[..., Awaitable[Any]], *given: Any) -> Any:
     """Of a deployment. Raises the FlamError that it met there, Busy if it has too much to do, EnvironmentFault if it is
-    gone."""
+    gone or cannot be reached, Broken for any other error."""
     try:
         return await method(*given)
     except BackPressureError as error:
@@ -180,10 +183,10 @@ async def asked(method: Callable[..., Awaitable[Any]], *given: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, FlamError):
             raise error.cause from None
-        raise
-    except RayActorError as error:
+        raise Broken("the server met an error of its own", fix=SEE_LOGS) from error
+    except (RayActorError, RayServeException) as error:
         raise EnvironmentFault(
-            "the process with the model has ended, and is being started anew", fix="Come again."
+            "the process with the model is not up, and is being started anew", fix="Come again."
         ) from error
 
 
@@ -198,6 +201,8 @@ def _json(status: int, what: str, fix: str, headers: dict[str, str] | None = Non
 def _refuse(_: Request, error: Exception) -> Response:
     assert isinstance(error, FlamError)
     status = status_of(error)
+    if isinstance(error, Broken):
+        LOG.error("%s", error.what, exc_info=error.__cause__)
     return _json(status, error.what, error.fix, {"retry-after": str(RETRY_SECONDS)} if status == 503 else None)
 
 

@@ -7,6 +7,8 @@ thread of its process; requests wait for it in a queue that is bounded, and whoe
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from ray import serve
 
-from flam_core.errors import FlamError, pack
+from flam_core.errors import EnvironmentFault, FlamError, pack
+from services.player.errors import unusable
 from services.player.settings import PlayerSettings
 from services.player.wire import OpenBody, SceneView, ServerView, SessionView, StepBody
 
@@ -25,13 +28,16 @@ if TYPE_CHECKING:
     from services.player.work import ToEdit, ToRoll
 
 ResultT = TypeVar("ResultT")
+_LOG = logging.getLogger("ray.serve")
+FAILED_SECONDS = 20.0
+"""For which a process that could not start says why before it is started again."""
 _WAIT_FOR_MORE = 0.004
 """Seconds that a request to the API waits for others to go with."""
 
 
 class _Process:
-    """What processes with a model share. One that cannot start says why when it is asked, once, instead of being
-    started again and again."""
+    """What processes with a model share. One that cannot start says why to whoever asks, and is started again when it
+    has said so for a while."""
 
     def __init__(self, settings: PlayerSettings, tracking: str) -> None:
         self.settings, self.tracking = settings, tracking
@@ -41,6 +47,11 @@ class _Process:
             self._start()
         except FlamError as error:
             self._failed = pack(error)
+        except Exception as error:  # noqa: BLE001 - Serve would try again without end, and nobody would be told why
+            _LOG.exception("the model's process does not start")
+            fix = "Ray Serve's logs have all of it (/tmp/ray/session_latest/logs/serve)."
+            self._failed = pack(EnvironmentFault(f"{type(error).__name__} while the model was read", fix=fix))
+        self._begun = time.monotonic()
 
     def _start(self) -> None:
         raise NotImplementedError
@@ -48,6 +59,19 @@ class _Process:
     async def ready(self) -> str | None:
         """None, or why it is of no use, as `flam_core.errors.pack` gives it."""
         return self._failed
+
+    def check_health(self) -> None:
+        """What Ray Serve asks every few seconds; where it raises, Serve starts the process anew.
+
+        Not at once: the program that starts the player is to hear why, and whoever asks meanwhile.
+        """
+        if self._failed is not None and time.monotonic() - self._begun > FAILED_SECONDS:
+            raise unusable(self._failed)
+
+    def check_started(self) -> None:
+        """Raises EnvironmentFault if it is of no use."""
+        if self._failed is not None:
+            raise unusable(self._failed)
 
     def open_model(self, address: str) -> ServedModel:
         import torch
@@ -66,7 +90,8 @@ class _Process:
         return start_clips(self.settings, self.tracking)
 
     async def run(self, work: Callable[..., ResultT], *given: Any) -> ResultT:
-        """Do it in the model's thread."""
+        """Do it in the model's thread. Raises EnvironmentFault if there is no model."""
+        self.check_started()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
 
 
@@ -90,6 +115,7 @@ class Scenes(_Process):
 
     async def about(self) -> ServerView:
         """The first model, and the limits."""
+        self.check_started()
         model = self._models[0]
         limits = {name: float(value) for name, value in asdict(self.settings.limits).items()}
         trouble = next((one.trouble for one in self._models if one.trouble), None)
@@ -176,6 +202,7 @@ class Inference(_Process):
         """Latent actions [T - 1, K, A] of a clip, their codes [T - 1, K], and the model's version."""
         from services.player.inference import check_clip
 
+        self.check_started()
         served = self._model.current
         check_clip(served, frames)
         return (*await self._infer((served, frames)), served.version)
@@ -184,6 +211,7 @@ class Inference(_Process):
         """Frames uint8 [S, H, W, 3], and the model's version."""
         from services.player.inference import check_roll
 
+        self.check_started()
         served = self._model.current
         check_roll(served, asked, self.settings.limits.clip_frames)
         return await self._roll((served, asked)), served.version
@@ -192,6 +220,7 @@ class Inference(_Process):
         """Frames uint8 [T - 1, H, W, 3], actions [T - 1, K, A], and the model's version."""
         from services.player.inference import edit
 
+        self.check_started()
         served = self._model.current
         return (*await self.run(edit, served, asked), served.version)
 

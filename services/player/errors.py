@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flam_core.errors import DataError, EnvironmentFault, FlamError, SettingsError
+from flam_core.errors import DataError, EnvironmentFault, FlamError, SettingsError, unpack
 
 
 class Unauthorized(SettingsError):
@@ -23,6 +23,10 @@ class TooLarge(DataError):
 
 class Slow(DataError):
     """A request whose body did not come in time."""
+
+
+class Broken(FlamError):
+    """A fault of the server itself, of which no more is said to who asked."""
 
 
 class Busy(EnvironmentFault):
@@ -47,3 +51,9 @@ _STATUS: tuple[tuple[type[FlamError], int], ...] = (
 def status_of(error: FlamError) -> int:
     """The HTTP status of an error."""
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+
+
+def unusable(failed: str) -> EnvironmentFault:
+    """What is answered instead of a process that could not start; failed: why, as `flam_core.errors.pack` gave it."""
+    why = unpack(failed)
+    return EnvironmentFault(f"the process with the model could not start, and is tried again: {why.what}", fix=why.fix)

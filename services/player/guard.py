@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,11 +13,13 @@ from urllib.parse import parse_qs
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flam_core.errors import FlamError
-from services.player.errors import RETRY_SECONDS, Busy, Foreign, Slow, TooLarge, Unauthorized, status_of
+from services.player.errors import RETRY_SECONDS, Broken, Busy, Foreign, Slow, TooLarge, Unauthorized, status_of
 from services.player.settings import Limits
 from services.player.token import COOKIE, allowed, matches
 
+LOG = logging.getLogger("ray.serve")
 HEALTH = "/health"
+SEE_LOGS = "Tell who runs it: Ray Serve's logs say more."
 _BODY_SECONDS = 30.0
 _HEADERS = (
     # The page needs nothing but its own files, and pictures it is sent.
@@ -54,30 +57,46 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        begun = False
+
+        async def tell(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-            self._check_host(headers)
-            if scope["path"] != HEALTH and self._access.token is not None:
-                given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-                if scope["path"] == "/" and matches(given, self._access.token):
-                    await _let_in(given, headers, scope, send)
-                    return
-                if not allowed(headers, self._access.token):
-                    raise Unauthorized(
-                        "this server asks for its token",
-                        fix="Open the address with ?token=... that it printed, or send it as Authorization: Bearer.",
-                    )
-            # Requests that wait inside hold their bodies in memory.
-            if self._inside >= 2 * self._limits.queue:
-                raise Busy("the server is busy", fix="Come again.")
-            self._inside += 1
-            try:
-                body = await self._body_in_time(headers, receive)
-                await self._app(scope, _replay(body, receive), _with_headers(send))
-            finally:
-                self._inside -= 1
+            await self._pass_on(scope, receive, tell)
         except FlamError as error:
-            await refuse(error, _with_headers(send))
+            await refuse(error, _with_headers(tell))
+        except Exception:
+            LOG.exception("%s %s", scope["method"], scope["path"])
+            if begun:  # half an answer is out
+                raise
+            await refuse(Broken("the server met an error of its own", fix=SEE_LOGS), _with_headers(tell))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what the request is refused for."""
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        self._check_host(headers)
+        if scope["path"] != HEALTH and self._access.token is not None:
+            given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+            if scope["path"] == "/" and matches(given, self._access.token):
+                await _let_in(given, headers, scope, send)
+                return
+            if not allowed(headers, self._access.token):
+                raise Unauthorized(
+                    "this server asks for its token",
+                    fix="Open the address with ?token=... that it printed, or send it as Authorization: Bearer.",
+                )
+        # Requests that wait inside hold their bodies in memory.
+        if self._inside >= 2 * self._limits.queue:
+            raise Busy("the server is busy", fix="Come again.")
+        self._inside += 1
+        try:
+            body = await self._body_in_time(headers, receive)
+            await self._app(scope, _replay(body, receive), _with_headers(send))
+        finally:
+            self._inside -= 1
 
     def _check_host(self, headers: Mapping[str, str]) -> None:
         if self._access.hosts is None:

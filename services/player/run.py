@@ -101,8 +101,8 @@ def check_serve(http: HTTPOptions, applications: Collection[str], binding: Bindi
     if _NAME in applications:
         raise EnvironmentFault(
             f"this cluster has a player already, the Serve application {_NAME}",
-            fix="End the program that started it (Ctrl-C). If that is gone, on the cluster's head: python -c \"import ray; "
-            f"from ray import serve; ray.init('auto'); serve.delete('{_NAME}')\".",
+            fix="End the program that started it (Ctrl-C). If that is gone, on the cluster's head: python -c "
+            f"\"import ray; from ray import serve; ray.init('auto'); serve.delete('{_NAME}')\".",
         )
 
 

@@ -68,9 +68,9 @@ def test_a_cluster_always_gets_a_token(cluster: Serve, monkeypatch: pytest.Monke
 
 
 def test_serve_that_listens_elsewhere_is_left_alone(cluster: Serve) -> None:
-    with pytest.raises(EnvironmentFault, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1:8000") as refused:
-        with run.player(PLAYED, Binding(address="head:6379")):
-            pass
+    elsewhere = pytest.raises(EnvironmentFault, match=r"listens on 0\.0\.0\.0:8000, not on 127\.0\.0\.1:8000")
+    with elsewhere as refused, run.player(PLAYED, Binding(address="head:6379")):
+        pass
     assert "serve shutdown" in refused.value.fix
     assert cluster.applications == {"another"}
 
