@@ -44,6 +44,12 @@ def red(check: str, seen: str, fix: str) -> Finding:
     return Finding(check, State.RED, seen, fix)
 
 
+def last_line(error: BaseException) -> str:
+    """Of what an error says; its kind, if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def attempt(check: str, look: Callable[[], Finding]) -> Finding:
     """What `look` says; an error that it raises is a red finding with the error's own fix."""
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flam_core.errors import EnvironmentFault, FlamError
 from services.storage import exists, read_bytes, resolve, write_bytes
+from services.tracking.probe import write_and_read
 from services.tracking.server import check_server
 
 PACKAGES = ("ray", "torch", "numpy", "pyarrow", "mlflow", "safetensors")
@@ -38,7 +39,7 @@ class NodeReport:
     storage: str
     """Why it cannot write, read and delete in the storage; empty if it can."""
     tracking: str
-    """Why it does not reach MLflow; empty if it does."""
+    """Why MLflow does not take a run and an artifact from it; empty if it does."""
 
 
 def report(ray_files: str, storage: str, tracking: str) -> NodeReport:
@@ -53,7 +54,7 @@ def report(ray_files: str, storage: str, tracking: str) -> NodeReport:
         disk_free=disk.free / disk.total,
         disk_free_gb=disk.free / 1e9,
         storage=_why_not(lambda: write_read_delete(storage)),
-        tracking=_why_not(lambda: check_server(tracking)),
+        tracking=_why_not(lambda: _write_a_run(tracking)),
     )
 
 
@@ -85,6 +86,14 @@ def write_read_delete(address: str) -> None:
         raise EnvironmentFault(f"{place} gives other bytes than were written", fix="Check the store.")
     if exists(place):
         raise EnvironmentFault(f"{place} is still there after it was deleted", fix="Check the store.")
+
+
+def _write_a_run(tracking: str) -> None:
+    """A server is also asked what takes a password: its /health answers anyone. A file is the driver's alone."""
+    if tracking.startswith("http"):
+        write_and_read(tracking)
+    else:
+        check_server(tracking)
 
 
 def _why_not(trial: Callable[[], object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray._private.worker import global_worker  # Ray has no public name for wher
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from services.doctor.finding import Finding, attempt, note, ok, red
+from services.doctor.finding import Finding, attempt, last_line, note, ok, red
 from services.doctor.node import NodeReport, report, versions
 from services.training.cluster import check_resources
 from services.training.settings import TrainSettings
@@ -23,6 +24,7 @@ _SECONDS = 90.0
 _CLOCK_SECONDS = 5.0
 _DISK_SHARE = 0.05
 """Ray refuses to spill objects to a disk that is fuller than 95 %."""
+_BUSY = "Look again when they are free."
 _INSTALL = "Install the same pins on all nodes: pip install -c constraints.txt -e '.[service]'."
 
 
@@ -45,8 +47,7 @@ def examine_nodes(storage: str, tracking: str) -> list[Finding]:
             task: Any = _remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(report)
             answer: NodeReport = ray.get(task.remote(files, storage, tracking), timeout=_SECONDS)
         except (RayError, GetTimeoutError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            findings.append(red(f"node {node['NodeManagerAddress']}", lines[-1].strip(), _INSTALL))
+            findings.append(red(f"node {node['NodeManagerAddress']}", last_line(error), _INSTALL))
             continue
         # What ran meanwhile cannot be the clock's fault: only how far it lies outside of the time of the question.
         skew = max(asked - answer.clock, answer.clock - time.time(), 0.0)
@@ -78,42 +79,45 @@ def examine_room(settings: TrainSettings) -> Finding:
 
 
 def examine_gpus(wanted: bool) -> Finding:
-    """Whether Ray's GPUs are PyTorch's, on each node that has some."""
+    """Whether Ray's GPUs are PyTorch's, all of them on each node that has some."""
     having = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
     if not having:
         if wanted:
             return red("GPUs", "the cluster has none", "Leave out --gpu, or add GPU nodes.")
         return ok("GPUs", "none, and none asked for: training runs on CPUs")
-    seen = []
+    seen = Counter[str]()
     for node in having:
+        count = int(node["Resources"]["GPU"])
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         try:
-            task: Any = _remote(num_cpus=0, num_gpus=1, max_retries=0, scheduling_strategy=here)(_gpu)
-            seen.append(ray.get(task.remote(), timeout=_SECONDS))
+            task: Any = _remote(num_cpus=0, num_gpus=count, max_retries=0, scheduling_strategy=here)(_gpus)
+            found: list[str] = ray.get(task.remote(), timeout=_SECONDS)
         except GetTimeoutError:
-            return note(
-                "GPUs", f"those of {node['NodeManagerAddress']} are all in use", "Look again when they are free."
-            )
+            return note("GPUs", f"some of {node['NodeManagerAddress']} are in use", _BUSY)
         except RayError as error:
-            return red("GPUs", f"{node['NodeManagerAddress']}: {str(error).splitlines()[-1]}", _INSTALL)
-        if not seen[-1]:
+            return red("GPUs", f"{node['NodeManagerAddress']}: {last_line(error)}", _INSTALL)
+        if len(found) < count:
             return red(
                 "GPUs",
-                f"Ray gives out GPUs of {node['NodeManagerAddress']}, and PyTorch sees none",
+                f"Ray gives out {count} GPUs of {node['NodeManagerAddress']}, and PyTorch sees {len(found) or 'none'}",
                 "Install the CUDA build of torch there, and check the driver: nvidia-smi.",
             )
-    return ok("GPUs", "; ".join(sorted(set(seen))))
+        seen.update(found)
+    return ok("GPUs", "; ".join(f"{count} of {kind}" for kind, count in sorted(seen.items())))
 
 
-def _gpu() -> str:
+def _gpus() -> list[str]:
+    """What each of this task's GPUs is, after a computation on it."""
     import torch
     from torch.cuda import nccl
 
     if not torch.cuda.is_available():
-        return ""
-    torch.zeros(1, device="cuda").add_(1).cpu()
-    found: Any = nccl.version()
-    return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, found))}"
+        return []
+    version: Any = nccl.version()
+    software = f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, version))}"
+    for index in range(torch.cuda.device_count()):
+        torch.zeros(1, device=f"cuda:{index}").add_(1).cpu()
+    return [f"{torch.cuda.get_device_name(index)}, {software}" for index in range(torch.cuda.device_count())]
 
 
 class _Rank:
@@ -147,24 +151,28 @@ class _Rank:
 
 
 def examine_collective() -> Finding:
-    """Whether ranks on the cluster's nodes add up numbers: by NCCL if there are GPUs, else by Gloo."""
+    """Whether ranks on the cluster's nodes add up numbers: by NCCL, one on each GPU, if there are two, else by Gloo."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     alive = sum(node["Alive"] for node in ray.nodes())
-    backend, world = ("nccl", min(gpus, max(alive, 2))) if gpus >= 2 else ("gloo", max(alive, 2))
+    backend, world = ("nccl", gpus) if gpus >= 2 else ("gloo", max(alive, 2))
     what = f"all-reduce ({backend})"
     resources = {"num_gpus": 1} if backend == "nccl" else {"num_gpus": 0}
     made: Any = _remote(num_cpus=0, scheduling_strategy="SPREAD", **resources)(_Rank)
     ranks = [made.remote() for _ in range(world)]
     fix = "Nodes must reach one another on all ports (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME choose the network)."
+    started = False
     try:
-        address = ray.get(ranks[0].address.remote(), timeout=_SECONDS)
+        address = ray.get([one.address.remote() for one in ranks], timeout=_SECONDS)[0]
+        started = True
         answers = ray.get(
             [one.add.remote(address, rank, world, backend) for rank, one in enumerate(ranks)], timeout=_SECONDS
         )
     except GetTimeoutError:
+        if backend == "nccl" and not started:
+            return note(what, f"{world} ranks got no GPU each in {_SECONDS:.0f} s: some are in use", _BUSY)
         return red(what, f"{world} ranks did not find one another in {_SECONDS:.0f} s", fix)
     except RayError as error:
-        return red(what, str(error).splitlines()[-1], fix)
+        return red(what, last_line(error), fix)
     finally:
         for one in ranks:
             ray.kill(one)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 
 import ray
 import requests
 from packaging.version import Version
 from ray.job_submission import JobSubmissionClient
 
-from services.doctor.finding import Finding, note, ok, red
+from flam_core.errors import FlamError
+from services.doctor.finding import Finding, last_line, note, ok, red
 from services.doctor.outside import AWS
 from services.player.token import is_loopback
-from services.storage import endpoint
+from services.storage import Location, endpoint, exists, resolve, write_bytes
 from services.storage.faults import bucket_of
 from services.submit.job import SECRET
 
@@ -28,6 +31,8 @@ _TOKEN_FIX = (
 )
 _DRIVER = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); print('taken')"
 _OTHERS = 0o077
+_REFUSED = (401, 403)
+_PUBLIC = "Take away public access: checkpoints are loaded from it."
 
 
 def examine_security(address: str | None, dashboard: str, storage: str, tracking: str) -> list[Finding]:
@@ -111,7 +116,7 @@ def _secrets_in_jobs(dashboard: str) -> Finding:
     try:
         jobs = JobSubmissionClient(dashboard).list_jobs()
     except Exception as error:  # noqa: BLE001 - of many kinds, some private to Ray; all mean the same here
-        return note(check, f"the jobs cannot be listed: {str(error).splitlines()[0]}")
+        return note(check, f"the jobs cannot be listed: {last_line(error)}")
     found = [
         f"{job.submission_id}: {name}"
         for job in jobs
@@ -130,7 +135,9 @@ def _mlflow_closed(tracking: str) -> Finding:
     if not tracking.startswith("http"):
         return note(check, f"{tracking.split(':')[0]} file: closed to those who cannot read or write it")
     status = _status(f"{tracking.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default")
-    if status in (401, 403):
+    if status == 0:
+        return red(check, f"no MLflow server answers at {tracking}", "Start it, or correct --tracking.")
+    if status in _REFUSED:
         return ok(check, f"refused ({status})")
     fix = "Start it with --app-name basic-auth: whoever writes there chooses the champion."
     return _open(check, tracking, f"{tracking} answers {status}", fix)
@@ -140,11 +147,67 @@ def _bucket_closed(storage: str) -> Finding:
     check = "the bucket without keys"
     if not storage.startswith("s3://"):
         return note(check, "a folder: closed to those who cannot read or write it")
+    store = _store_of(bucket_of(storage))
+    answers = {"LIST": _status(f"{store}/{bucket_of(storage)}?list-type=2&max-keys=1")}
+    if answers["LIST"] == 0:
+        return red(check, f"no store answers at {store}", "Is it up? Check AWS_ENDPOINT_URL and the network.")
+    left = ""
+    try:
+        place = resolve(storage) / f".doctor-{uuid.uuid4().hex}"
+        answers["GET"] = _read_without_keys(store, place)
+    except FlamError as error:
+        return red(check, f"with keys it is not usable either: {error.what}", error.fix)
+    answers["PUT"] = _written_without_keys(store, place)
+    with suppress(FlamError):
+        left = f"; {place} could not be deleted" if exists(place) else ""
+    said = ", ".join(f"{request} {status}" for request, status in answers.items())
+    if left:
+        return red(check, f"{store} answers {said}{left}", f"Delete {place}. {_PUBLIC}")
+    if all(status in _REFUSED for status in answers.values()):
+        return ok(check, f"refused ({said})")
+    if any(200 <= status < 300 for status in answers.values()):
+        return _open(check, store, f"{store} answers {said}", _PUBLIC)
+    return red(check, f"{store} neither lets in nor refuses: {said}", "Check the bucket's name and AWS_ENDPOINT_URL.")
+
+
+def _store_of(bucket: str) -> str:
+    """The address at which AWS has the bucket: another region's store knows it and answers neither yes nor no."""
     store = (endpoint() or AWS).rstrip("/")
-    status = _status(f"{store}/{bucket_of(storage)}?list-type=2&max-keys=1")
-    if status in (301, 401, 403):
-        return ok(check, f"refused ({status})")
-    return _open(check, store, f"{store} answers {status}", "Take away public access: checkpoints are loaded from it.")
+    if not (urlparse(store).hostname or "").endswith("amazonaws.com"):
+        return store
+    with suppress(requests.RequestException):
+        region = requests.head(f"{store}/{bucket}", timeout=10).headers.get("x-amz-bucket-region")
+        return f"https://s3.{region}.amazonaws.com" if region else store
+    return store
+
+
+def _read_without_keys(store: str, place: Location) -> int:
+    """The answer to whoever knows an object's name: one is written with keys for that, and deleted."""
+    write_bytes(place, b"doctor")
+    try:
+        return _status(f"{store}/{quote(place.path)}")
+    finally:
+        _delete(store, place)
+
+
+def _written_without_keys(store: str, place: Location) -> int:
+    """The answer to whoever writes; what the store took is deleted."""
+    try:
+        return requests.put(f"{store}/{quote(place.path)}", data=b"doctor", timeout=10).status_code
+    except requests.RequestException:
+        return 0
+    finally:
+        _delete(store, place)
+
+
+def _delete(store: str, place: Location) -> None:
+    """With keys; where these may not, as a stranger. Whether it is gone is for the caller to see."""
+    with suppress(FlamError, OSError):
+        if exists(place):
+            place.fs.delete_file(place.path)
+    with suppress(FlamError, requests.RequestException):
+        if exists(place):
+            requests.delete(f"{store}/{quote(place.path)}", timeout=10)
 
 
 def _pickle() -> Finding:
