@@ -184,6 +184,13 @@ def test_ray_and_mlflow_are_told_what_they_are_told_in_kubernetes(compose: Docum
         assert {one for one in fixed if one.startswith("AWS_")} <= set(here)
 
 
+def test_ray_has_the_time_to_end(compose: Document) -> None:
+    ray = compose["services"]["ray"]
+    assert ray["stop_grace_period"] == "2m"
+    for name in ("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"):
+        assert 60 <= float(ray["environment"][name]) <= 100, name
+
+
 @pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
 def test_compose_reads_it(tmp_path: Path, compose: Document) -> None:
     if subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=60, check=False).returncode:

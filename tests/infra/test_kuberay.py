@@ -82,6 +82,19 @@ def _bytes(quantity: str) -> int:
     return int(match[1]) << {"Mi": 20, "Gi": 30}[match[2]]
 
 
+def test_nodes_have_the_time_to_end(documents: list[Document]) -> None:
+    """Ray drains a node for 30 s by itself, then kills what commits, however long Kubernetes would wait."""
+    from ray._private import ray_constants
+
+    assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S > 0, "Ray does not know it any more"
+    spec = cluster(documents)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        environment = {each["name"]: each.get("value") for each in container_of(group)["env"]}
+        grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+        for name in ("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"):
+            assert 60 <= float(environment[name]) <= grace - 20, name
+
+
 def test_ray_is_the_pinned_one(documents: list[Document]) -> None:
     pins = (REPOSITORY / "constraints.txt").read_text().splitlines()
     assert f"ray=={cluster(documents)['rayVersion']}" in pins
