@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 Document = dict[str, Any]
@@ -167,24 +168,44 @@ def _of_document(one: Document) -> Iterator[str]:
             if not rule.get("to"):
                 yield f"network: {who}: lets out to everywhere"
             for peer in rule.get("to", []):
-                if "ipBlock" in peer and "169.254.0.0/16" not in peer["ipBlock"].get("except", []):
+                if "ipBlock" in peer and _has_metadata(peer["ipBlock"]):
                     yield f"network: {who}: reaches the cloud's metadata"
                 if "ipBlock" in peer and not rule.get("ports"):
                     yield f"network: {who}: all ports of all addresses"
 
 
-OUTSIDE = {"outside": "yes"}
-"""Labels of an address outside the cluster."""
-
-
-def allowed(documents: list[Document], source: Mapping[str, str], target: Mapping[str, str], port: int) -> bool:
-    """Whether the network policies let a pod of these labels reach another one (or `OUTSIDE`) at a TCP port."""
-    return _passes(documents, "Egress", source, target, port) and (
-        target == OUTSIDE or _passes(documents, "Ingress", target, source, port)
+def _has_metadata(block: dict[str, Any]) -> bool:
+    """Whether a block has more of the link-local addresses than the one where NodeLocal DNSCache listens."""
+    network = ip_network(block["cidr"])
+    return (
+        network.overlaps(_LINK_LOCAL)
+        and network != ip_network(f"{NODE_DNS['address']}/32")
+        and str(_LINK_LOCAL) not in block.get("except", [])
     )
 
 
-def _passes(documents: list[Document], way: str, pod: Mapping[str, str], peer: Mapping[str, str], port: int) -> bool:
+_LINK_LOCAL = ip_network("169.254.0.0/16")
+OUTSIDE = {"address": "203.0.113.1"}
+"""Instead of labels: an address outside the cluster."""
+NODE_DNS = {"address": "169.254.20.10"}
+"""Where NodeLocal DNSCache listens, on each node."""
+METADATA = {"address": "169.254.169.254"}
+"""Where a cloud hands out its nodes' rights."""
+
+
+def allowed(
+    documents: list[Document], source: Mapping[str, str], target: Mapping[str, str], port: int, protocol: str = "TCP"
+) -> bool:
+    """Whether the network policies let a pod of these labels reach another one (or an address) at a port."""
+    bound = "address" not in target and "elsewhere" not in target  # policies here bind pods of this namespace alone
+    return _passes(documents, "Egress", source, target, (protocol, port)) and (
+        not bound or _passes(documents, "Ingress", target, source, (protocol, port))
+    )
+
+
+def _passes(
+    documents: list[Document], way: str, pod: Mapping[str, str], peer: Mapping[str, str], port: tuple[str, int]
+) -> bool:
     rules_key, peers_key = ("egress", "to") if way == "Egress" else ("ingress", "from")
     policies = [
         one["spec"]
@@ -195,7 +216,7 @@ def _passes(documents: list[Document], way: str, pod: Mapping[str, str], peer: M
         return True  # Kubernetes: a pod that no policy selects is open
     return any(
         any(_is_peer(one, peer) for one in rule[peers_key])
-        and (not rule.get("ports") or any(one["port"] == port and one["protocol"] == "TCP" for one in rule["ports"]))
+        and (not rule.get("ports") or any((one["protocol"], one["port"]) == port for one in rule["ports"]))
         for policy in policies
         for rule in policy.get(rules_key, [])
     )
@@ -211,6 +232,16 @@ def _selects(spec: dict[str, Any], labels: Mapping[str, str]) -> bool:
 
 def _is_peer(peer: dict[str, Any], labels: Mapping[str, str]) -> bool:
     if "ipBlock" in peer:
-        return labels == OUTSIDE
-    # Pods of other namespaces are told apart by a label of their own here.
-    return ("namespaceSelector" in peer) == ("elsewhere" in labels) and _selects(peer, labels)
+        return "address" in labels and _in_block(peer["ipBlock"], labels["address"])
+    # Pods of other namespaces are told apart by a label of their own here, which names the namespace.
+    if ("namespaceSelector" in peer) != ("elsewhere" in labels) or "address" in labels:
+        return False
+    named = peer.get("namespaceSelector", {}).get("matchLabels", {})
+    return all(each == ("kubernetes.io/metadata.name", labels["elsewhere"]) for each in named.items()) and _selects(
+        peer, labels
+    )
+
+
+def _in_block(block: dict[str, Any], address: str) -> bool:
+    found = ip_address(address)
+    return found in ip_network(block["cidr"]) and not any(found in ip_network(one) for one in block.get("except", []))

@@ -167,6 +167,10 @@ def _metadata(documents: list[Document]) -> None:
     del one(documents, "NetworkPolicy", "object-storage")["spec"]["egress"][0]["to"][0]["ipBlock"]["except"]
 
 
+def _all_link_local(documents: list[Document]) -> None:
+    one(documents, "NetworkPolicy", "dns")["spec"]["egress"][0]["to"][1]["ipBlock"]["cidr"] = "169.254.0.0/16"
+
+
 @pytest.mark.parametrize(
     ("change", "rule", "who"),
     [
@@ -199,6 +203,7 @@ def _metadata(documents: list[Document]) -> None:
         (_load_balancer, "network", "Service mlflow"),
         (_let_all_in, "network", "NetworkPolicy mlflow"),
         (_metadata, "network", "NetworkPolicy object-storage"),
+        (_all_link_local, "network", "NetworkPolicy dns"),
     ],
 )
 def test_rules_find_what_breaks_them(
