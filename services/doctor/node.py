@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import boto3
+from botocore.exceptions import BotoCoreError, ClientError
+
 from flam_core.errors import EnvironmentFault, FlamError
-from services.storage import exists, read_bytes, resolve, write_bytes
+from services.doctor.finding import last_line
+from services.storage import Location, exists, read_bytes, resolve, write_bytes
 from services.tracking.probe import write_and_read
 from services.tracking.server import check_server
 
@@ -76,16 +80,25 @@ def write_read_delete(address: str) -> None:
     write_bytes(place, content)
     found = read_bytes(place)
     try:
-        place.fs.delete_file(place.path)
-    except OSError as error:
+        delete(place)
+    except (OSError, ClientError, BotoCoreError) as error:
         raise EnvironmentFault(
-            f"{place} can be written and not deleted: {str(error).splitlines()[0]}",
+            f"{place} can be written and not deleted: {last_line(error)}",
             fix="Let the user delete objects there too: checkpoints that are not kept are deleted.",
         ) from error
     if found != content:
         raise EnvironmentFault(f"{place} gives other bytes than were written", fix="Check the store.")
     if exists(place):
         raise EnvironmentFault(f"{place} is still there after it was deleted", fix="Check the store.")
+
+
+def delete(place: Location) -> None:
+    """Of a bucket too, nothing is left: pyarrow would put an empty object in place of the folder above."""
+    if place.local:
+        place.fs.delete_file(place.path)
+    else:
+        bucket, _, key = place.path.partition("/")
+        boto3.client("s3").delete_object(Bucket=bucket, Key=key)
 
 
 def _write_a_run(tracking: str) -> None:

@@ -12,11 +12,13 @@ from urllib.parse import quote, urlparse
 
 import ray
 import requests
+from botocore.exceptions import BotoCoreError, ClientError
 from packaging.version import Version
 from ray.job_submission import JobSubmissionClient
 
 from flam_core.errors import FlamError
 from services.doctor.finding import Finding, last_line, note, ok, red
+from services.doctor.node import delete
 from services.doctor.outside import AWS
 from services.player.token import is_loopback
 from services.storage import Location, endpoint, exists, resolve, write_bytes
@@ -202,9 +204,9 @@ def _written_without_keys(store: str, place: Location) -> int:
 
 def _delete(store: str, place: Location) -> None:
     """With keys; where these may not, as a stranger. Whether it is gone is for the caller to see."""
-    with suppress(FlamError, OSError):
+    with suppress(FlamError, OSError, BotoCoreError, ClientError):
         if exists(place):
-            place.fs.delete_file(place.path)
+            delete(place)
     with suppress(FlamError, requests.RequestException):
         if exists(place):
             requests.delete(f"{store}/{quote(place.path)}", timeout=10)

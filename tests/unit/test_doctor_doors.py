@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from services.doctor import nodes, security
 from services.doctor.finding import State, last_line
-from services.doctor.node import report
+from services.doctor.node import report, write_read_delete
 from services.doctor.security import _bucket_closed, _mlflow_closed
 from services.storage import Location
 
@@ -75,6 +75,12 @@ def test_an_open_bucket_is_found_and_left_as_it_was(
     assert found.state == (State.RED if beyond else State.NOTE)
     assert "LIST 200" in found.seen  # moto hands out no object without a key, and takes each
     assert "PUT 200" in found.seen
+    assert boto3.client("s3").list_objects_v2(Bucket=bucket)["KeyCount"] == 0
+
+
+def test_what_is_tried_with_keys_leaves_nothing_in_a_bucket(s3_server: Callable[[], str]) -> None:
+    bucket = s3_server()
+    write_read_delete(f"s3://{bucket}/runs")
     assert boto3.client("s3").list_objects_v2(Bucket=bucket)["KeyCount"] == 0
 
 
