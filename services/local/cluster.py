@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,8 +23,10 @@ from flam_core.errors import EnvironmentFault
 from services.local.parts import BUCKET, Layout, Part, parts_of, settled_ports
 from services.local.secrets import secrets_of, write_private
 from services.local.settings import LocalSettings
+from services.local.sockets import ray_folder
 
 ENV_FILE = "env"
+MARK = "FLAM_CLUSTER_PART"
 _STATE = "state.json"
 _READY_SECONDS = 180.0
 _END_SECONDS = 10.0
@@ -39,6 +42,8 @@ class Running:
     """When its process began, by the system: another process may have its pid by now."""
     url: str
     log: str
+    mark: str = ""
+    """In the environment of all that it starts."""
 
     @property
     def alive(self) -> bool:
@@ -52,6 +57,21 @@ class Running:
             if abs(found.create_time() - self.created) < 1 and found.status() != psutil.STATUS_ZOMBIE:
                 return found
         return None
+
+    def rest(self) -> list[psutil.Process]:
+        """What it started and what these did, as far as it stayed in its session: known also when it has ended itself.
+
+        A session has the number of the process that began it, and no other process gets that number while one of the
+        session is left. What has a number from elsewhere is of another session, or of one that began later: both are
+        told apart by the mark in the environment of all that a part starts.
+        """
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                inside = process.pid != self.pid and os.getsid(process.pid) == self.pid
+                if inside and process.create_time() >= self.created - 1 and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+        return found
 
 
 def running(folder: Path) -> list[Running]:
@@ -78,7 +98,7 @@ def bring_up(settings: LocalSettings, home: Path, say: Callable[[str], None] = p
     secrets = secrets_of(folder)
     for name in ("logs", "mlflow"):
         (folder / name).mkdir(exist_ok=True)
-    ray_files = Path("/tmp", f"flam-ray-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}")
+    ray_files = ray_folder(folder)
     shutil.rmtree(ray_files, ignore_errors=True)  # of the last time
     layout = Layout(home.absolute(), folder, settled_ports(settings), secrets, ray_files)
     started: list[Running] = []
@@ -103,21 +123,23 @@ def take_down(folder: Path, say: Callable[[str], None] = print) -> None:
     artifacts stay; what the S3 server had is gone."""
     known = running(folder)
     for one in reversed(known):
-        process = one.process()
-        if process is None:
-            say(f"{one.name} had ended already")
-            continue
-        _end(process)
-        say(f"{one.name} (pid {one.pid}) has ended")
+        process, rest = one.process(), one.rest()
+        if process is not None:
+            _end([process], rest)
+            say(f"{one.name} (pid {one.pid}) has ended")
+        else:
+            _end(rest, [])
+            say(f"{one.name} had ended already" + (f"; {len(rest)} that it had started have ended now" if rest else ""))
     for name in (_STATE, ENV_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
 def _start(part: Part, log: Path) -> Running:
+    mark = uuid.uuid4().hex
     with log.open("wb") as output:
         process = subprocess.Popen(
             part.command,
-            env=part.environment,
+            env={**part.environment, MARK: mark},
             cwd=part.folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -128,7 +150,7 @@ def _start(part: Part, log: Path) -> Running:
         created = psutil.Process(process.pid).create_time()
     except psutil.Error:
         created = time.time()  # it has ended: `_wait` says so, with its log
-    return Running(part.name, process.pid, created, part.url, str(log))
+    return Running(part.name, process.pid, created, part.url, str(log), mark)
 
 
 def _wait(part: Part, one: Running) -> None:
@@ -158,14 +180,16 @@ def _make_bucket(layout: Layout) -> None:
     client.create_bucket(Bucket=BUCKET)
 
 
-def _end(process: psutil.Process) -> None:
-    """A process and all that it started: first politely."""
-    tree = [process]
-    with suppress(psutil.Error):
-        tree += process.children(recursive=True)
-    with suppress(psutil.Error):
-        process.terminate()
-    _, left = psutil.wait_procs([process], _END_SECONDS)
+def _end(asked: list[psutil.Process], rest: list[psutil.Process]) -> None:
+    """Processes and all that these started: those that are asked first politely."""
+    tree = [*asked, *rest]
+    for one in asked:
+        with suppress(psutil.Error):
+            tree += one.children(recursive=True)
+    for one in asked:
+        with suppress(psutil.Error):
+            one.terminate()
+    _, left = psutil.wait_procs(asked, _END_SECONDS)
     for one in {*left, *tree}:
         with suppress(psutil.Error):
             one.kill()
