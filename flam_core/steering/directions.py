@@ -79,7 +79,7 @@ def directed(scene: Scene, slot: int, direction: str, examples: Examples, others
     if (places := scene.places) is None:
         raise SettingsError("a model without slots has none that could go anywhere", fix="Use one with slots.")
     place = places[slot]
-    found = examples.candidates(place, goal_of(examples, direction))
+    found = _distinct(examples.candidates(place, goal_of(examples, direction)))
     actions = others.cpu().float().repeat(len(found), 1, 1)
     actions[:, slot] = found
     after = scene.peek(actions)[1]
@@ -87,6 +87,12 @@ def directed(scene: Scene, slot: int, direction: str, examples: Examples, others
     moves = after[:, slot] - place
     best, arrives = choose(moves, goal_of(examples, direction))
     return Directed(found[best], moves[best], arrives)
+
+
+def _distinct(actions: Tensor) -> Tensor:
+    """Actions [n, A] each once, in order: what is like the move and what comes to the same place is often the same
+    transition, and each is looked ahead for."""
+    return torch.tensor(list(dict.fromkeys(map(tuple, actions.tolist()))))
 
 
 def goal_of(examples: Examples, direction: str) -> Tensor:

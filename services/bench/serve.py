@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from flam_core.model import Flam
 from flam_core.recipes import get_recipe
 from flam_core.saved_model import save_model
 from flam_core.worlds import make_world
-from services.player.run import player
+from services.player.run import Place, player
 from services.player.settings import Binding, PlayerSettings
 from services.player.wire import frames_to_text
 from services.storage import resolve
@@ -69,38 +69,86 @@ class _Load:
 
 
 def bench_serve(settings: ServeBenchSettings) -> dict[str, Any]:
-    """Requests a second, and the median and 99th percentile of their milliseconds, for one-step rollouts and for the
-    actions of a clip, at each number of clients; and frames a second of a scene that is played by one.
+    """Frames a second of a scene that is played by one: by a code, by an arrow, which looks ahead, and by an arrow with
+    a challenger beside it. Requests a second, and the median and 99th percentile of their milliseconds, for one-step
+    rollouts and for the actions of a clip, at each number of clients.
 
     Raises EnvironmentFault if the server answers with anything but success or "busy".
     """
     with tempfile.TemporaryDirectory(prefix="flam-serve-") as name:
         model, data = _subjects(settings, Path(name))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        begun = time.monotonic()
         served = PlayerSettings(model=model, data=data, replicas=settings.replicas, threads=settings.threads)
-        with player(served, Binding(port=port)) as place:
-            started = time.monotonic() - begun
-            return {"start_seconds": started, **_measure(settings, place.url)}
+        begun = time.monotonic()
+        with player(served, Binding(port=_free_port())) as place:
+            found: dict[str, Any] = {"start_seconds": time.monotonic() - begun}
+            server = _Server(place)
+            played = {"code": server.play(settings.seconds), "arrow": server.play(settings.seconds, arrow=True)}
+            loads = _measure(settings, server)
+        # The same model again takes as long as another.
+        with player(replace(served, challenger=model), Binding(port=_free_port())) as place:
+            played["arrow_with_challenger"] = _Server(place).play(settings.seconds, arrow=True)
+        return {**found, "played_frames_per_second": played, **loads}
 
 
-def _measure(settings: ServeBenchSettings, url: str) -> dict[str, Any]:
-    with _session() as session:
-        about = session.get(f"{url}api", timeout=60).json()["model"]
-        frames_per_second = _play(session, url, settings.seconds)
-    size = about["frame_size"]
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class _Server:
+    """The one that is measured."""
+
+    def __init__(self, place: Place) -> None:
+        self.url, self._token = place.url, place.token
+        with self.session() as session:
+            answer = session.get(f"{self.url}api", timeout=60)
+            _checked(answer)
+            self.model: dict[str, Any] = answer.json()["model"]
+
+    def session(self) -> requests.Session:
+        """A connection of its own."""
+        session = requests.Session()
+        session.trust_env = False  # no proxy is asked for what is on this machine
+        if self._token is not None:
+            session.headers["authorization"] = f"Bearer {self._token}"
+        return session
+
+    def play(self, seconds: float, *, arrow: bool = False) -> float:
+        """Steps a second of one scene, each asked for when the last has come."""
+        # Of a slot that goes anywhere, so that a step looks ahead; to stand still looks ahead as far.
+        ways = [(k, way) for k, slot in enumerate(self.model["slots"]) for way in slot["arrows"] if way != "still"]
+        slot, way = ways[0] if ways else (0, "still")
+        body = {"slot": slot, "arrow": way} if arrow else {"slot": 0, "code": 0}
+        with self.session() as session:
+            begun = session.post(f"{self.url}api/sessions", json={}, timeout=60)
+            _checked(begun)
+            path = f"{self.url}api/sessions/{begun.json()['session']}"
+
+            def step(number: int) -> None:
+                if number and number % 400 == 0:
+                    _checked(session.post(f"{path}/reset", json={}, timeout=60))
+                _checked(session.post(f"{path}/step", json=body, timeout=60))
+
+            _until(min(seconds, _WARM_UP_SECONDS), step)
+            _checked(session.post(f"{path}/reset", json={}, timeout=60))
+            taken = _until(seconds, step)
+            _checked(session.delete(path, timeout=60))
+        return taken / seconds
+
+
+def _measure(settings: ServeBenchSettings, server: _Server) -> dict[str, Any]:
+    size = server.model["frame_size"]
     clip = np.random.default_rng(0).integers(0, 256, (settings.clip_frames, size, size, 3), dtype=np.uint8)
     sent = frames_to_text(clip)
-    actions = [[[0.0] * about["action_dim"]] * len(about["slots"])]
+    actions = [[[0.0] * server.model["action_dim"]] * len(server.model["slots"])]
     bodies = {"rollout": {"frames": sent[:1], "actions": actions}, "infer": {"frames": sent}}
-    found: dict[str, Any] = {"played_frames_per_second": frames_per_second}
+    found: dict[str, Any] = {}
     for kind, body in bodies.items():
         found[kind] = {}
-        _load(f"{url}api/{kind}", body, 1, _WARM_UP_SECONDS)
+        _load(server, kind, body, 1, _WARM_UP_SECONDS)
         for clients in settings.clients:
-            load = _load(f"{url}api/{kind}", body, clients, settings.seconds)
+            load = _load(server, kind, body, clients, settings.seconds)
             found[kind][f"{clients}_clients"] = _row(load, settings.seconds)
     return found
 
@@ -115,32 +163,17 @@ def _row(load: _Load, seconds: float) -> dict[str, float]:
     }
 
 
-def _play(session: requests.Session, url: str, seconds: float) -> float:
-    """Steps a second of one scene, each asked for when the last has come."""
-    scene = session.post(f"{url}api/sessions", json={}, timeout=60).json()["session"]
-    path = f"{url}api/sessions/{scene}"
-
-    def step(number: int) -> None:
-        if number and number % 400 == 0:
-            _checked(session.post(f"{path}/reset", json={}, timeout=60))
-        _checked(session.post(f"{path}/step", json={"slot": 0, "code": 0}, timeout=60))
-
-    taken = _until(seconds, step)
-    _checked(session.delete(path, timeout=60))
-    return taken / seconds
-
-
-def _load(url: str, body: dict[str, Any], clients: int, seconds: float) -> _Load:
+def _load(server: _Server, kind: str, body: dict[str, Any], clients: int, seconds: float) -> _Load:
     """So many clients at once, each with a connection of its own."""
     load, lock = _Load(), threading.Lock()
     failed: list[BaseException] = []
 
     def client() -> None:
-        with _session() as session:
+        with server.session() as session:
 
             def ask(_: int) -> None:
                 begun = time.perf_counter()
-                answer = session.post(url, json=body, timeout=60)
+                answer = session.post(f"{server.url}api/{kind}", json=body, timeout=60)
                 took = time.perf_counter() - begun
                 if answer.status_code == 503:
                     with lock:
@@ -173,12 +206,6 @@ def _until(seconds: float, work: Callable[[int], None]) -> int:
         work(done)
         done += 1
     return done
-
-
-def _session() -> requests.Session:
-    session = requests.Session()
-    session.trust_env = False  # no proxy is asked for what is on this machine
-    return session
 
 
 def _checked(answer: requests.Response) -> None:

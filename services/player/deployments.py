@@ -24,7 +24,7 @@ from services.player.wire import OpenBody, SceneView, ServerView, SessionView, S
 
 if TYPE_CHECKING:
     from services.player.models import Served, ServedModel
-    from services.player.sessions import Session
+    from services.player.sessions import Now, Session
     from services.player.work import ToEdit, ToRoll
 
 ResultT = TypeVar("ResultT")
@@ -42,6 +42,7 @@ class _Process:
     def __init__(self, settings: PlayerSettings, tracking: str) -> None:
         self.settings, self.tracking = settings, tracking
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._clips: list[Any] | None = None
         self._failed: str | None = None
         try:
             self._start()
@@ -85,9 +86,12 @@ class _Process:
         return served
 
     def clips(self) -> list[Any]:
+        """The clips that scenes start from, read once."""
         from services.player.models import start_clips
 
-        return start_clips(self.settings, self.tracking)
+        if self._clips is None:
+            self._clips = start_clips(self.settings, self.tracking)
+        return self._clips
 
     async def run(self, work: Callable[..., ResultT], *given: Any) -> ResultT:
         """Do it in the model's thread. Raises EnvironmentFault if there is no model."""
@@ -99,27 +103,18 @@ class Scenes(_Process):
     """Plays scenes. There is one, since the scenes are in its memory."""
 
     def _start(self) -> None:
-        from services.player.models import check_size
         from services.player.sessions import Sessions
 
-        self._clips = self.clips()
         addresses = [self.settings.model, self.settings.challenger]
         self._models = [self.open_model(address) for address in addresses if address is not None]
-        for model in self._models:
-            check_size(model.current.address, model.current.model, self._clips)
         self._sessions = Sessions(self.settings.limits)
-
-    def clips(self) -> list[Any]:
-        """Read once."""
-        return getattr(self, "_clips", None) or super().clips()
 
     async def about(self) -> ServerView:
         """The first model, and the limits."""
         self.check_started()
         model = self._models[0]
         limits = {name: float(value) for name, value in asdict(self.settings.limits).items()}
-        trouble = next((one.trouble for one in self._models if one.trouble), None)
-        return ServerView(model=model.current.view, trouble=trouble, limits=limits)
+        return ServerView(model=model.current.view, trouble=self._now.trouble, limits=limits)
 
     async def open(self, body: OpenBody) -> SessionView:
         """Begin a scene."""
@@ -127,7 +122,7 @@ class Scenes(_Process):
 
     async def show(self, name: str) -> SessionView:
         """A scene as it stands."""
-        return await self.run(lambda: self._sessions.get(name).opened(self._newest))
+        return await self.run(lambda: self._sessions.get(name).opened(self._now))
 
     async def step(self, name: str, body: StepBody) -> SceneView:
         """One step of it."""
@@ -159,8 +154,11 @@ class Scenes(_Process):
         return await self.run(lambda: record(self._sessions.get(name), side, self.settings.feedback))
 
     @property
-    def _newest(self) -> str | None:
-        return self._models[0].current.version
+    def _now(self) -> Now:
+        from services.player.sessions import Now
+
+        trouble = next((one.trouble for one in self._models if one.trouble), None)
+        return Now([model.current.version for model in self._models], trouble)
 
     def _open(self, body: OpenBody, instead_of: str | None) -> SessionView:
         from services.player.sessions import Session
@@ -172,22 +170,22 @@ class Scenes(_Process):
         if body.seed is None:
             body = body.model_copy(update={"seed": self.settings.seed})
         served: list[Served] = [model.current for model in self._models]
-        session = Session(served, self._clips, body, self.settings.feedback, self.settings.limits)
+        session = Session(served, self.clips(), body, self.settings.feedback, self.settings.limits)
         if instead_of is not None:
             self._sessions.end(instead_of)
             session.id = instead_of
         self._sessions.add(session)
-        return session.opened(self._newest)
+        return session.opened(self._now)
 
     def _step(self, name: str, body: StepBody) -> SceneView:
         session: Session = self._sessions.get(name)
         session.step(body)
-        return session.view(self._newest)
+        return session.view(self._now)
 
     def _undo(self, name: str) -> SceneView:
         session: Session = self._sessions.get(name)
         session.undo()
-        return session.view(self._newest)
+        return session.view(self._now)
 
 
 class Inference(_Process):

@@ -105,15 +105,18 @@ class ServedModel:
     def __init__(
         self, address: str, tracking: str, clips: Callable[[], list[StartClip]], device: torch.device, seed: int
     ) -> None:
-        """clips: of the data set, asked for where the model has no discovered actions beside it.
+        """clips: of the data set, whose size every version must have.
 
-        Raises DataError for what is not a model or has no latent actions, EnvironmentFault if MLflow does not answer.
+        Raises DataError for what is not a model, SettingsError for one without latent actions or for frames of another
+        size, EnvironmentFault if MLflow does not answer.
         """
         self._followed = Followed(address, tracking) if address.startswith(_REGISTRY) else None
         self._address, self._tracking, self._clips, self._device, self._seed = address, tracking, clips, device, seed
         self.current = self._load(None if self._followed is None else self._followed.now())
         self.trouble: str | None = None
         """Why the address could not be followed at the last look; None if it could."""
+        self._unfit: str | None = None
+        """The version that `trouble` is about, where it cannot be used: it is not read again and again."""
 
     def follow(self, seconds: float) -> None:
         """From now on, look every so many seconds whether the alias has moved."""
@@ -121,15 +124,28 @@ class ServedModel:
             threading.Thread(target=self._watch, args=(seconds,), name="alias", daemon=True).start()
 
     def look(self) -> None:
-        """Look once. A version that cannot be used changes nothing but `trouble`."""
+        """Look once. A version that cannot be used changes nothing but `trouble`: the one before it is served on."""
         assert self._followed is not None
+        meant = None
         try:
-            version = self._followed.now()
-            if version.version != self.current.version:
-                self.current = self._load(version)
+            meant = self._followed.now()
+            if meant.version == self._unfit:
+                return
+            self._unfit = None
+            if meant.version != self.current.version:
+                self.current = self._load(meant)
             self.trouble = None
+        except (DataError, SettingsError) as error:
+            self._unfit = None if meant is None else meant.version
+            self._keep(str(error), meant)
         except FlamError as error:
-            self.trouble = str(error)
+            self._keep(str(error), meant)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next look may do without
+            self._keep(f"{type(error).__name__}: {error}", meant)
+
+    def _keep(self, why: str, meant: Version | None) -> None:
+        new = "" if meant is None else f"version {meant.version} cannot be used, "
+        self.trouble = f"{new}version {self.current.version} is served on: {why}"
 
     def _watch(self, seconds: float) -> None:
         pause = threading.Event()
@@ -151,11 +167,11 @@ class ServedModel:
                 f"{self._address} has no latent actions of its own to steer by",
                 fix="Serve a model with gaussian or vq latent actions.",
             )
+        clips = self._clips()
+        check_size(self._address, model, clips)
         folder = model_folder(place)
         actions = load_actions(folder)
         if actions is None:
-            clips = self._clips()
-            check_size(self._address, model, clips)
             several = [clip.frames for clip in clips[:_CLIPS_TO_DISCOVER]]
             shortest = min(len(frames) for frames in several)
             stacked = torch.from_numpy(np.stack([frames[:shortest] for frames in several]))

@@ -1,6 +1,6 @@
 """Scenes that are played: one model or two from the same start, with the same keys. Few of them, and each for a while.
 
-Nothing here is made for more than one thread: who uses it calls from one.
+Nothing here is made for more than one thread: who uses it calls from one. Two models of a scene take its steps in two.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,18 @@ from services.player.errors import Busy, Gone
 from services.player.models import Served, StartClip
 from services.player.settings import Feedback, Limits
 from services.player.wire import OpenBody, SceneView, SessionView, SideView, StepBody, png, text
+
+_BESIDE = ThreadPoolExecutor(2, thread_name_prefix="side")
+"""Takes the steps of sides but the first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Now:
+    """What the models' addresses mean now, whatever a scene began with."""
+
+    versions: Sequence[str | None]
+    trouble: str | None = None
+    """Why one of them could not be followed at the last look."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +80,7 @@ class Session:
         self.clips, self.source, self._limits = len(clips), clips[self.clip].source, limits
         frames = torch.from_numpy(clips[self.clip].frames)
         self.sides = [self._side(one, frames, feedback) for one in served]
-        size = sum(_bytes(side.scene.snapshot()) for side in self.sides)
+        size = sum(_most_bytes(side) for side in self.sides)
         self._past: deque[_Before] = deque(maxlen=max(1, min(limits.undo, int(limits.undo_mb * 2**20) // size)))
         self._bound: dict[int, list[int]] = {}
         self.used = time.monotonic()
@@ -98,15 +111,27 @@ class Session:
             tuple(side.scene.snapshot() for side in self.sides),
             tuple(side.generator.get_state() for side in self.sides),
         )
-        for number, side in enumerate(self.sides):
-            actions = self._others(side, body)
-            side.arrives = None
-            if slots is not None:
-                side.slot = slots[number]
-                actions[side.slot] = self._steered(side, body, actions)
-            side.film.append(png(side.scene.step(actions).numpy()))
-            side.taken.append(actions)
+        # Each side in a thread of its own: they have nothing in common that changes.
+        first, *others = range(len(self.sides))
+        waiting = [_BESIDE.submit(self._advance, number, body, slots) for number in others]
+        try:
+            self._advance(first, body, slots)
+        finally:
+            wait(waiting)
+        for one in waiting:
+            one.result()
         self._past.append(before)
+
+    def _advance(self, number: int, body: StepBody, slots: list[int] | None) -> None:
+        """A step of one side."""
+        side = self.sides[number]
+        actions = self._others(side, body)
+        side.arrives = None
+        if slots is not None:
+            side.slot = slots[number]
+            actions[side.slot] = self._steered(side, body, actions)
+        side.film.append(png(side.scene.step(actions).numpy()))
+        side.taken.append(actions)
 
     def undo(self) -> None:
         """Take the last step back. Raises DataError if it cannot be."""
@@ -123,8 +148,8 @@ class Session:
         """Latent actions [K, A] of a step that nobody steers."""
         if body.others == "prior":
             return side.scene.sample(side.generator).float().cpu()
-        if body.others == "video" and self.steps < len(side.video):
-            return side.video[self.steps].clone()
+        if body.others == "video" and len(side.taken) < len(side.video):
+            return side.video[len(side.taken)].clone()
         return side.served.still(side.scene)
 
     def _steered(self, side: Side, body: StepBody, others: Tensor) -> Tensor:
@@ -163,16 +188,16 @@ class Session:
                     self._bound[slot].append(int((_enlarged(own) * _enlarged(masks)[slot]).sum(dim=-1).argmax()))
         return self._bound[slot]
 
-    def view(self, newest: str | None) -> SceneView:
-        """For the wire. newest: the version that the first model's address means now."""
-        return SceneView(**self._view(newest))
+    def view(self, now: Now) -> SceneView:
+        """For the wire."""
+        return SceneView(**self._view(now))
 
-    def opened(self, newest: str | None) -> SessionView:
+    def opened(self, now: Now) -> SessionView:
         """The same with the models."""
         models = [side.served.view for side in self.sides]
-        return SessionView(**self._view(newest), clips=self.clips, models=models)
+        return SessionView(**self._view(now), clips=self.clips, models=models)
 
-    def _view(self, newest: str | None) -> dict[str, Any]:
+    def _view(self, now: Now) -> dict[str, Any]:
         return {
             "session": self.id,
             "step": self.steps,
@@ -180,7 +205,9 @@ class Session:
             "seed": self.seed,
             "video_left": max(0, len(self.sides[0].video) - self.steps),
             "undo_left": len(self._past),
-            "newest": newest,
+            "newest": now.versions[0],
+            "newest_challenger": now.versions[1] if len(now.versions) > 1 else None,
+            "trouble": now.trouble,
             "sides": [
                 SideView(frame=text(s.film[-1]), masks=_masks(s.scene), slot=s.slot, arrives=s.arrives)
                 for s in self.sides
@@ -200,13 +227,17 @@ class Sessions:
         return len(self._all)
 
     def room(self) -> None:
-        """Raises Busy if there is none for one more."""
+        """Make room for one more: where there is none, the scene that was left alone longest ends, if that was for
+        `full_seconds` or more. Raises Busy if all are being played."""
         self._expire()
-        if len(self._all) >= self._limits.sessions:
+        if len(self._all) < self._limits.sessions:
+            return
+        if next(iter(self._all.values())).used > self._clock() - self._limits.full_seconds:
             raise Busy(
                 f"all {self._limits.sessions} places of this server are taken",
-                fix="Come again soon: a place is free when a scene was left alone for a while.",
+                fix=f"Come again soon: who leaves a scene alone for {self._limits.full_seconds:g} s gives its place away.",
             )
+        self._all.popitem(last=False)
 
     def add(self, session: Session) -> None:
         """Keep it until it was idle for too long."""
@@ -219,8 +250,8 @@ class Sessions:
         session = self._all.get(name)
         if session is None:
             raise Gone(
-                f"there is no such scene: it was left alone for {self._limits.idle_seconds:.0f} s, or the server has "
-                "started anew",
+                f"there is no such scene: it was left alone for {self._limits.idle_seconds:g} s, or for "
+                f"{self._limits.full_seconds:g} s while the server was full, or the server has started anew",
                 fix="Begin another.",
             )
         session.used = self._clock()
@@ -273,6 +304,8 @@ def _enlarged(masks: Tensor, side: int = 32) -> Tensor:
     return torch.nn.functional.interpolate(square, size=(side, side)).flatten(1)
 
 
-def _bytes(state: SceneState) -> int:
-    tensors = (state.frames, state.z, state.slots, state.actions, state.masks)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+def _most_bytes(side: Side) -> int:
+    """Of a state of a side, when it has grown from one frame to the model's window."""
+    state, window = side.scene.snapshot(), side.served.model.dynamics.config.temporal_window
+    growing = state.frames.nbytes + state.z.nbytes + state.slots.nbytes + side.video[0].nbytes
+    return window * growing + sum(one.nbytes for one in (state.masks, state.places) if one is not None)

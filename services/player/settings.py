@@ -24,6 +24,8 @@ class Limits:
     """Scenes that are played at the same time."""
     idle_seconds: float = 900.0
     """After so long without a request a session ends."""
+    full_seconds: float = 60.0
+    """After so long one ends whose place another needs, when all are taken."""
     undo: int = 200
     """Steps that can be taken back."""
     undo_mb: float = 32.0

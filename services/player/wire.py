@@ -196,6 +196,8 @@ class SceneView(BaseModel):
     video_left: int = Field(description="Steps for which the other slots can still follow the video.")
     undo_left: int
     newest: str | None = Field(description="The version that MODEL means now; a reset takes it.")
+    newest_challenger: str | None = Field(description="The same of the challenger; null without one.")
+    trouble: str | None = Field(description="Why the registry cannot be followed just now.")
     sides: list[SideView]
 
 

@@ -36,6 +36,12 @@ _PIXELS = """(number) => {
   return Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data);
 }"""
 
+_OPACITY = """(grid) => {
+  const canvas = document.querySelector('.overlay'), pen = canvas.getContext('2d'), size = canvas.width / grid;
+  const middles = Array.from({ length: grid }, (_, i) => Math.floor((i + 0.5) * size));
+  return middles.flatMap((y) => middles.map((x) => pen.getImageData(x, y, 1, 1).data[3]));
+}"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -83,6 +89,11 @@ def pixels(page: Page, side: int = 0) -> np.ndarray:
     return np.array(page.evaluate(_PIXELS, side), dtype=np.uint8).reshape(SIZE, SIZE, 4)[..., :3]
 
 
+def overlay(page: Page, grid: int) -> np.ndarray:
+    """How opaque what lies over the first picture is in the middle of each patch: float [P], 0 to 1."""
+    return np.array(page.evaluate(_OPACITY, grid)) / 255
+
+
 def taken(page: Page) -> str | None:
     found = page.locator("#slots button[aria-pressed=true]")
     return found.get_attribute("data-slot") if found.count() else None
@@ -112,13 +123,15 @@ def test_each_picture_is_the_models_for_the_same_actions(page: Page, player: Pla
     grid = round(masks.shape[1] ** 0.5)
     patch = int(masks.max(dim=0).values.argmax())  # where there is no doubt
     at = [(number + 0.5) / grid for number in (patch % grid, patch // grid)]
+    assert not overlay(page, grid).any()
     page.mouse.move(box["x"] + at[0] * box["width"], box["y"] + at[1] * box["height"])
-    looked = page.locator(".overlay").first.evaluate(
-        "c => c.getContext('2d').getImageData(0, 0, 99, 99).data.some(Boolean)"
-    )
-    assert looked or patch > 0
-    page.mouse.click(box["x"] + at[0] * box["width"], box["y"] + at[1] * box["height"])
     slot = int(masks[:, patch].argmax())
+    shown, meant = overlay(page, grid), masks[slot].numpy()
+    assert shown[patch] > 0
+    assert np.abs(shown - 0.55 * meant).max() < 0.02  # each patch as far as the slot claims it; outlines run between
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] - 30)
+    assert not overlay(page, grid).any()
+    page.mouse.click(box["x"] + at[0] * box["width"], box["y"] + at[1] * box["height"])
     assert taken(page) == str(slot)
 
     for step, (key, meant) in enumerate([("ArrowUp", "up"), ("3", 2), ("ArrowLeft", "left"), (".", "still")]):
@@ -202,6 +215,29 @@ def test_a_scene_that_has_ended_is_begun_anew(page: Page, player: Played) -> Non
     at_step(page, 0)
     page.keyboard.press(".")
     at_step(page, 1)
+
+
+@pytest.mark.parametrize("button", ["#retry", "#start button"])
+def test_a_full_server_leaves_a_way_in(page: Page, player: Played, button: str) -> None:
+    page.expected_problems = ["503"]  # type: ignore[attr-defined] - the browser logs each
+    mine = page.evaluate("sessionStorage.getItem('flam-session')")
+    others = [player.ask("POST", "api/sessions", json={}).json()["session"] for _ in range(3)]
+    assert page.locator("#retry").is_hidden()
+    page.evaluate("sessionStorage.clear()")
+    page.reload()
+    page.wait_for_selector("#retry:visible")
+    assert "all 4 places" in page.locator("#status").inner_text()
+    for key in ("r", "p", ".", "Backspace"):
+        page.keyboard.press(key)
+    page.click("#undo")
+    assert player.ask("DELETE", f"api/sessions/{mine}").status_code == 204
+    page.click(button)
+    at_step(page, 0)
+    assert page.locator("#retry").is_hidden()
+    page.keyboard.press(".")
+    at_step(page, 1)
+    for other in others:
+        player.ask("DELETE", f"api/sessions/{other}")
 
 
 def test_nothing_moves_and_the_api_is_described(page: Page, player: Played) -> None:

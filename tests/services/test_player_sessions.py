@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from services.player.film import gif, record
 from services.player.guard import Access, Guard
 from services.player.inference import check_roll, edit, infer, roll
 from services.player.models import Served, StartClip
-from services.player.sessions import Session, Sessions
+from services.player.sessions import Session, Sessions, Side
 from services.player.settings import Limits
 from services.player.token import allowed, choose_token, digest, is_loopback
 from services.player.wire import OpenBody, PutArrow, PutCode, StepBody, frames_from_text, frames_to_text
@@ -162,7 +163,7 @@ def test_a_gif_has_a_page_for_each_frame_of_both_sides() -> None:
 
 def test_sessions_are_bounded_and_end_when_left_alone() -> None:
     now = [0.0]
-    sessions = Sessions(Limits(sessions=2, idle_seconds=10), lambda: now[0])
+    sessions = Sessions(Limits(sessions=2, idle_seconds=10, full_seconds=8), lambda: now[0])
     first, second = session(), session()
     sessions.add(first)
     now[0] = 6
@@ -289,3 +290,50 @@ def test_the_guard_refuses_before_it_reads() -> None:
 def test_settings_that_cannot_be_are_named(tmp_path: Path) -> None:
     with pytest.raises(FlamError, match=r"limits\.queue"):
         Limits(queue=0)
+
+
+def test_two_models_step_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, alone = session(served(), served(1)), session(served(1))
+    both = threading.Barrier(2, timeout=60)
+    own = Session._others
+
+    def meet(self: Session, side: Side, body: StepBody) -> torch.Tensor:
+        both.wait()  # breaks where one waits for the other to be done
+        return own(self, side, body)
+
+    monkeypatch.setattr(Session, "_others", meet)
+    for _ in range(6):
+        one.step(StepBody())
+    monkeypatch.undo()
+    for _ in range(6):
+        alone.step(StepBody())
+    assert np.array_equal(pictures(one, 1), pictures(alone))
+
+
+def test_a_full_server_gives_away_the_place_of_who_has_gone() -> None:
+    now = [0.0]
+    sessions = Sessions(Limits(sessions=2), lambda: now[0])
+    first, second = session(), session()
+    sessions.add(first)
+    now[0] = 30
+    sessions.add(second)
+    now[0] = 59
+    with pytest.raises(Busy, match="all 2 places"):
+        sessions.room()
+    now[0] = 61
+    sessions.room()
+    assert sessions.get(second.id) is second
+    with pytest.raises(Gone, match="60 s while the server was full"):
+        sessions.get(first.id)
+    now[0] = 800
+    sessions.room()  # there is room, so nobody's ends
+    assert sessions.get(second.id) is second
+
+
+def test_what_undo_keeps_stays_below_its_bound_when_states_have_grown() -> None:
+    one = session(served(), served(1), limits=Limits(undo_mb=0.5))
+    for _ in range(60):
+        one.step(StepBody(slot=0, code=1))
+    kept = [value for before in one._past for state in before.states for value in vars(state).values()]
+    assert 3 <= len(one._past) < 60
+    assert sum(value.nbytes for value in kept if isinstance(value, torch.Tensor)) <= 0.5 * 2**20

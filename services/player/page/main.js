@@ -47,6 +47,7 @@ async function ask(work) {
     setRunning(false);
     if (error.status === 404) sceneGone(error.what);
     else say(error.message, true);
+    $("retry").hidden = state.scene !== null;
   } finally {
     asking = false;
     document.body.ariaBusy = "false";
@@ -69,7 +70,10 @@ const opened = async (answer) => {
   await show(answer);
 };
 
-const begin = (start) => ask(async () => opened(await api.begin(start)));
+const begin = (start) => ask(async () => {
+  await opened(await api.begin(start));
+  say("");
+});
 
 async function resume() {
   const kept = sessionStorage.getItem(KEPT);
@@ -83,21 +87,22 @@ async function resume() {
       }
     }
     await opened(answer ?? (await api.begin({})));
+    say("");
   });
 }
 
-const reset = (clip, seed) => ask(async () => {
+const reset = (clip, seed) => !state.scene ? begin({ clip, seed }) : ask(async () => {
   await opened(await api.reset(state.scene.session, { clip, seed }));
   say(`Scene ${clip + 1} from its start.`);
 });
 
-const undo = () => ask(async () => {
+const undo = () => state.scene && ask(async () => {
   if (!state.scene.undo_left) return say("There is no step to take back.");
   await show(await api.undo(state.scene.session));
 });
 
 // action: { code }, { arrow }, or {} to stand still.
-const act = (action) => ask(async () => {
+const act = async (action) => state.scene && ask(async () => {
   const body = { others: state.others };
   if (state.slot !== null) Object.assign(body, { slot: state.slot }, action);
   else if (action.code !== undefined || action.arrow !== undefined) return say("Take a slot first: click it, or Tab to it.");
@@ -130,7 +135,7 @@ function sceneGone(why) {
 // --- running -----------------------------------------------------------------------------------------------------
 
 async function setRunning(on) {
-  if (on === state.running) return;
+  if (on === state.running || (on && !state.scene)) return;
   state.running = on;
   press($("run"), on);
   $("run").querySelector("span").textContent = on ? "Pause" : "Run";
@@ -152,16 +157,26 @@ function heldAction() {
 
 async function show(answer) {
   state.scene = answer;
+  $("retry").hidden = true;
   await Promise.all(screens.map((screen, i) => screen.show(answer.sides[i], state.models[i].slots.length)));
   $("step").textContent = answer.step;
   $("left").textContent = answer.video_left ? `video for ${answer.video_left} more` : "the video has ended";
   $("undo").disabled = !answer.undo_left;
   $("actions").setAttribute("aria-disabled", String(answer.step === 0));
   $("actions").href = answer.step ? api.actionsPath(answer.session) : "#";
-  const moved = answer.newest !== state.models[0].version;
-  $("notice").textContent = moved ? `Version ${answer.newest} is there now: Reset takes it.` : "";
+  notice(answer);
   point();
   document.body.dataset.step = answer.step;
+}
+
+// What has moved since the scene began, and what keeps it from moving.
+function notice({ newest, newest_challenger, trouble }) {
+  const said = [];
+  if (newest !== state.models[0].version) said.push(`Version ${newest} is there now: Reset takes it.`);
+  if (state.models.length > 1 && newest_challenger !== state.models[1].version)
+    said.push(`The challenger is version ${newest_challenger} now: Reset takes it.`);
+  if (trouble) said.push(trouble);
+  $("notice").textContent = $("notice").title = said.join(" ");
 }
 
 function setSides(count) {
@@ -342,6 +357,7 @@ function setRecording(on) {
 }
 
 function record() {
+  if (!state.scene) return;
   if (state.recordedFrom === null) {
     setRecording(true);
     say("Recording: press again to save.");
@@ -358,8 +374,8 @@ function record() {
   });
 }
 
-const again = () => reset(state.scene.clip, state.scene.seed);
-const nextScene = () => reset((state.scene.clip + 1) % state.clips, state.scene.seed);
+const again = () => reset(state.scene?.clip ?? 0, state.scene?.seed ?? 0);
+const nextScene = () => reset(((state.scene?.clip ?? -1) + 1) % state.clips, state.scene?.seed ?? 0);
 const nextOthers = () => setOthers(OTHERS[(OTHERS.indexOf(state.others) + 1) % OTHERS.length]);
 const KEYS = {
   p: () => setRunning(!state.running),
@@ -403,6 +419,7 @@ $("start").addEventListener("submit", (event) => {
   event.preventDefault();
   reset(Number($("clip").value) - 1, Number($("seed").value));
 });
+$("retry").addEventListener("click", resume);
 $("gone").addEventListener("close", () => begin({ clip: state.scene?.clip ?? 0, seed: state.scene?.seed ?? 0 }));
 
 listen(screens[0]);
