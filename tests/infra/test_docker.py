@@ -89,6 +89,16 @@ def test_user_is_the_one_of_the_manifests() -> None:
     assert f"{pod['runAsUser']}:{pod['runAsGroup']}" in users
 
 
+def test_the_gpu_image_can_compile() -> None:
+    """Triton needs a C compiler where torch.compile runs, which slim images lack."""
+    stage = TEXT[TEXT.rindex("\nFROM ") :]
+    assert " AS flam\n" in stage
+    (step,) = [one.rest for one in instructions(stage) if one.word == "RUN" and "apt-get install" in one.rest]
+    assert re.search(r" gcc libc6-dev\b", step)
+    assert step.startswith('if [ "$ACCELERATOR" != cpu ]; then ')
+    assert stage.index("ARG ACCELERATOR") < stage.index("apt-get install") < stage.index("USER ")
+
+
 def test_mlflow_is_pinned() -> None:
     known = pins()
     for line in (DOCKER / "mlflow.txt").read_text().splitlines():
