@@ -93,6 +93,8 @@ def _of_pod(pod: Pod) -> Iterator[str]:
             yield f"host: {pod.owner}: volume {one['name']} is the node's"
         if "emptyDir" in one and "sizeLimit" not in one["emptyDir"]:
             yield f"resources: {pod.owner}: volume {one['name']} may fill the node"
+    if (room := _disk(pod)) > (limit := _ephemeral(pod)):
+        yield f"resources: {pod.owner}: volumes of {room} bytes on disk, and evicted at {limit}"
     for container in pod.containers:
         who = f"{pod.owner}: {container['name']}"
         sidecar = container in pod.sidecars
@@ -103,7 +105,7 @@ def _of_pod(pod: Pod) -> Iterator[str]:
             yield f"image: {who}: {container.get('image')} has no digest"
         resources = container.get("resources", {})
         for kind in ("requests", "limits"):
-            for what in ("cpu", "memory"):
+            for what in ("cpu", "memory", "ephemeral-storage"):
                 if what not in resources.get(kind, {}):
                     yield f"resources: {who}: no {kind} of {what}"
         if pod.lasting and not sidecar and container in spec["containers"]:
@@ -113,9 +115,31 @@ def _of_pod(pod: Pod) -> Iterator[str]:
         mounts = {one["mountPath"]: volumes.get(one["name"], {}) for one in container.get("volumeMounts", [])}
         if "emptyDir" not in mounts.get("/tmp", {}):
             yield f"written: {who}: /tmp is no emptyDir"
+        if pod.labels.get("flam-part") == "ray" and "emptyDir" not in mounts.get("/tmp/ray", {}):
+            yield f"written: {who}: /tmp/ray is not named, and the operator adds one without a size"
         if mounts.get("/dev/shm", {}).get("emptyDir", {}).get("medium") != "Memory":
             yield f"written: {who}: /dev/shm is no memory"
         yield from _secrets(who, container)
+
+
+def _disk(pod: Pod) -> int:
+    """What the pod's volumes may take of the node's disk, in bytes."""
+    volumes = [one.get("emptyDir", {}) for one in pod.spec.get("volumes", [])]
+    return sum(size(one.get("sizeLimit", "0Gi")) for one in volumes if one.get("medium") != "Memory")
+
+
+def _ephemeral(pod: Pod) -> int:
+    """At which the pod is evicted: what its containers may write together, those that begin it left out."""
+    limits = [one.get("resources", {}).get("limits", {}) for one in (*pod.spec["containers"], *pod.sidecars)]
+    return sum(size(one.get("ephemeral-storage", "0Gi")) for one in limits)
+
+
+def size(quantity: str) -> int:
+    """Bytes of a quantity as the manifests write it."""
+    match = re.fullmatch(r"(\d+)(Mi|Gi)", quantity)
+    if match is None:
+        raise ValueError(f"{quantity} is no whole number of Mi or Gi")
+    return int(match[1]) << {"Mi": 20, "Gi": 30}[match[2]]
 
 
 def _of_security(who: str, container: dict[str, Any], above: dict[str, Any]) -> Iterator[str]:

@@ -73,9 +73,9 @@ def test_jobs_have_what_they_ask_for(jobs: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("--workers 2:8", "--workers 3:8", "replicas: 2 GPUs for 3 workers"),
+        ("--workers 2:8", "--workers 9:9", "replicas: 8 GPUs for 9 workers"),
         ("--workers 2:8", "--workers 2:17", "maxReplicas: 16 GPUs for 17 workers"),
-        ("--gpu --workers 2:8", "--workers 99", "replicas: 64 CPUs for 99 workers and the feed"),
+        ("--gpu --workers 2:8", "--workers 199", "replicas: 112 CPUs for 199 workers and the feed"),
     ],
 )
 def test_what_is_lacking_is_found(jobs: dict[str, dict[str, Any]], old: str, new: str, said: str) -> None:

@@ -129,13 +129,14 @@ def test_rules_find_what_breaks_them(compose: Document, change: Callable[[Docume
 def test_parts_find_one_another(compose: Document) -> None:
     services = compose["services"]
     scrapes = yaml.safe_load((REPOSITORY / "infra/monitoring/prometheus.yml").read_text())["scrape_configs"]
-    (found,) = [each["dns_sd_configs"][0] for each in scrapes if "dns_sd_configs" in each]
-    assert found["names"] == services["ray"]["networks"]["default"]["aliases"]
-    assert f"--metrics-export-port={found['port']}" in services["ray"]["command"]
+    found = {each["job_name"]: each["dns_sd_configs"][0] for each in scrapes if "dns_sd_configs" in each}
+    names = {name for each in found.values() for name in each["names"]}
+    assert names == set(services["ray"]["networks"]["default"]["aliases"])
+    assert f"--metrics-export-port={found['ray']['port']}" in services["ray"]["command"]
     (source,) = yaml.safe_load((REPOSITORY / "infra/monitoring/grafana/datasource.yaml").read_text())["datasources"]
     named = {source["url"], *_addresses(compose)}
     hosts = {re.match(r"http://([a-z0-9.]+):", each)[1] for each in named}  # type: ignore[index]
-    assert hosts - {"127.0.0.1"} == {"prometheus", "pushgateway", "mlflow", "s3"}
+    assert hosts - {"127.0.0.1", "localhost"} == {"prometheus", "grafana", "pushgateway", "mlflow", "s3"}
     (pushed,) = [each["static_configs"][0]["targets"] for each in scrapes if each["job_name"] == "pushgateway"]
     assert services["ray"]["environment"][PUSHGATEWAY] == f"http://{pushed[0]}"
     assert services["ray"]["environment"]["RAY_AUTH_MODE"] == "token"

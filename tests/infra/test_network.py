@@ -29,7 +29,7 @@ PARTS = {
 ELSEWHERE = {name for name, labels in PARTS.items() if "elsewhere" in labels}
 ADDRESSES = {name for name, labels in PARTS.items() if "address" in labels}
 OURS = set(PARTS) - ELSEWHERE - ADDRESSES
-PORTS = (53, 80, 443, 3000, 5000, 5432, 6379, 6443, 8080, 8265, 9090, 9091, 10001)
+PORTS = (53, 80, 443, 3000, 5000, 5432, 6379, 6443, 8080, 8265, 9090, 9091, 10001, 44217, 44227)
 ALL_PORTS = {(source, target, port) for source in ("head", "worker") for target in ("head", "worker") for port in PORTS}
 OPEN = ALL_PORTS | {
     ("head", "mlflow", 5000),
@@ -45,6 +45,10 @@ OPEN = ALL_PORTS | {
     ("head", "outside", 6443),
     ("prometheus", "head", 8080),
     ("prometheus", "worker", 8080),
+    ("prometheus", "head", 44217),
+    ("prometheus", "head", 44227),
+    ("head", "prometheus", 9090),
+    ("head", "grafana", 3000),
     ("head", "pushgateway", 9091),
     ("worker", "pushgateway", 9091),
     ("prometheus", "pushgateway", 9091),

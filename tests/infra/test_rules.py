@@ -98,6 +98,19 @@ def _no_limits(documents: list[Document]) -> None:
     del container_of(cluster(documents)["workerGroupSpecs"][0])["resources"]["limits"]["memory"]
 
 
+def _no_disk_limit(documents: list[Document]) -> None:
+    del _first(documents)[1]["resources"]["limits"]["ephemeral-storage"]
+
+
+def _evicted_too_soon(documents: list[Document]) -> None:
+    _first(documents)[1]["resources"]["limits"]["ephemeral-storage"] = "2Gi"
+
+
+def _operators_ray_folder(documents: list[Document]) -> None:
+    container = container_of(cluster(documents)["headGroupSpec"])
+    container["volumeMounts"] = [each for each in container["volumeMounts"] if each["mountPath"] != "/tmp/ray"]
+
+
 def _endless_volume(documents: list[Document]) -> None:
     _first(documents)[0]["volumes"][0]["emptyDir"] = {}
 
@@ -188,6 +201,9 @@ def _all_link_local(documents: list[Document]) -> None:
         (_zeros, "image", "Deployment mlflow"),
         (_no_limits, "resources", "RayCluster flam decode"),
         (_endless_volume, "resources", "Deployment mlflow"),
+        (_no_disk_limit, "resources", "Deployment mlflow: mlflow"),
+        (_evicted_too_soon, "resources", "Deployment mlflow: volumes"),
+        (_operators_ray_folder, "written", "RayCluster flam head"),
         (_no_probe, "probe", "RayCluster flam head"),
         (_writable, "read-only", "Deployment mlflow"),
         (_no_tmp, "written", "RayCluster flam head"),
