@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,8 +91,12 @@ def _api(settings: PlayerSettings, inference: Any, scenes: Any) -> APIRouter:
     api = APIRouter(tags=["model"])
     limit = settings.limits.clip_frames
 
-    def frames(sent: list[str]) -> Any:
-        return frames_from_text(sent, limit)
+    sides: list[int] = []
+
+    async def frames(sent: list[str]) -> Any:
+        if not sides:  # every version that is served has the data set's
+            sides.append(await asked(inference.side.remote))
+        return await asyncio.to_thread(frames_from_text, sent, limit, sides[0])
 
     @api.get("")
     async def about() -> ServerView:
@@ -101,22 +106,22 @@ def _api(settings: PlayerSettings, inference: Any, scenes: Any) -> APIRouter:
     @api.post("/infer")
     async def infer(body: InferBody) -> Inferred:
         """The latent actions of a clip, and the discovered actions that they are nearest to."""
-        actions, codes, version = await asked(inference.infer.remote, frames(body.frames))
+        actions, codes, version = await asked(inference.infer.remote, await frames(body.frames))
         return Inferred(actions=actions.tolist(), codes=codes.tolist(), version=version)
 
     @api.post("/rollout")
     async def rollout(body: RolloutBody) -> Frames:
         """The frames that follow the given ones under the given latent actions."""
-        asked_for = ToRoll(frames(body.frames), numbers(body.actions, "latent actions"), body.feedback)
+        asked_for = ToRoll(await frames(body.frames), numbers(body.actions, "latent actions"), body.feedback)
         drawn, version = await asked(inference.roll.remote, asked_for)
-        return Frames(frames=frames_to_text(drawn), version=version)
+        return Frames(frames=await asyncio.to_thread(frames_to_text, drawn), version=version)
 
     @api.post("/edit")
     async def edit(body: EditBody) -> Edited:
         """The clip anew from its first frame, in which one slot does something else."""
-        asked_for = ToEdit(frames(body.frames), body.slot, body.put, body.feedback)
+        asked_for = ToEdit(await frames(body.frames), body.slot, body.put, body.feedback)
         drawn, actions, version = await asked(inference.edit.remote, asked_for)
-        return Edited(frames=frames_to_text(drawn), actions=actions.tolist(), version=version)
+        return Edited(frames=await asyncio.to_thread(frames_to_text, drawn), actions=actions.tolist(), version=version)
 
     return api
 

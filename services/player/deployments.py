@@ -196,6 +196,11 @@ class Inference(_Process):
         for batched in (self._infer, self._roll):
             batched.set_max_batch_size(self.settings.limits.batch)  # pyright: ignore[reportAttributeAccessIssue]
 
+    async def side(self) -> int:
+        """Pixels along each side of the model's frames."""
+        self.check_started()
+        return self._model.current.model.tokenizer.config.frame_size
+
     async def infer(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
         """Latent actions [T - 1, K, A] of a clip, their codes [T - 1, K], and the model's version."""
         from services.player.inference import check_clip

@@ -235,7 +235,7 @@ class Sessions:
         if next(iter(self._all.values())).used > self._clock() - self._limits.full_seconds:
             raise Busy(
                 f"all {self._limits.sessions} places of this server are taken",
-                fix=f"Come again soon: who leaves a scene alone for {self._limits.full_seconds:g} s gives its place away.",
+                fix=f"Come again soon: left alone for {self._limits.full_seconds:g} s, a scene gives its place up.",
             )
         self._all.popitem(last=False)
 

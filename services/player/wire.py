@@ -26,6 +26,9 @@ Frame = Annotated[str, Field(max_length=4_000_000, description="A PNG file, RGB,
 Transition = Annotated[list[list[Number]], Field(max_length=256, description="[K, A]: a latent action of each slot.")]
 
 _MOST_PIXELS = 1024 * 1024
+_PNG = b"\x89PNG\r\n\x1a\n"
+_HEAD_BYTES, _HEAD_LETTERS = 24, 32
+"""Of a PNG file, up to its height; in base64."""
 
 
 class Body(BaseModel):
@@ -225,31 +228,49 @@ def frames_to_text(frames: np.ndarray) -> list[str]:
     return [text(png(frame)) for frame in frames]
 
 
-def frames_from_text(frames: Sequence[str], limit: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] of PNG files in base64. Raises DataError for what is not that, or more than `limit` frames."""
+def frames_from_text(frames: Sequence[str], limit: int, side: int | None = None) -> np.ndarray:
+    """uint8 [T, H, W, 3] of PNG files in base64. It takes a while, so not in an event loop.
+
+    side: pixels that each must have, by its header, before any is decoded. Raises DataError for what is not that, or
+    more than `limit` frames.
+    """
     if len(frames) > limit:
         raise DataError(f"{len(frames)} frames are sent, and {limit} are the limit", fix="Send a shorter clip.")
-    return np.stack(same_shape([_frame(one, number) for number, one in enumerate(frames)]))
+    sizes = {_size(one, number) for number, one in enumerate(frames)}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+        raise DataError(f"frames differ in size: {shown}", fix="Send frames of one size.")
+    ((width, height),) = sizes
+    if side is not None and (width, height) != (side, side):
+        raise DataError(
+            f"frames have {width}x{height} pixels, and the model takes {side}x{side}", fix="Scale them, RGB."
+        )
+    if width * height > _MOST_PIXELS:
+        raise DataError(f"frames have {width}x{height} pixels", fix="Scale them to the model's frame size.")
+    return np.stack([_frame(one, number) for number, one in enumerate(frames)])
 
 
-def same_shape(frames: list[np.ndarray]) -> list[np.ndarray]:
-    """The frames themselves. Raises DataError if they differ in size."""
-    shapes = {frame.shape[:2] for frame in frames}
-    if len(shapes) > 1:
-        raise DataError(f"frames differ in size: {sorted(shapes)}", fix="Send frames of one size.")
-    return frames
+def _size(content: str, number: int) -> tuple[int, int]:
+    """Width and height, as the file's first bytes have them."""
+    try:
+        head = base64.b64decode(content[:_HEAD_LETTERS], validate=True)
+        if len(head) < _HEAD_BYTES or not head.startswith(_PNG) or head[12:16] != b"IHDR":
+            raise ValueError
+    except (binascii.Error, ValueError) as error:
+        raise _no_png(number) from error
+    return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+
+
+def _no_png(number: int) -> DataError:
+    return DataError(f"frame {number} is not a PNG file in base64", fix="Encode each frame as one.")
 
 
 def _frame(content: str, number: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(base64.b64decode(content, validate=True)), formats=("PNG",)) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise DataError(
-                    f"frame {number} has {image.width}x{image.height} pixels", fix="Scale it to the model's frame size."
-                )
             return np.asarray(image.convert("RGB"))
     except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"frame {number} is not a PNG file in base64", fix="Encode each frame as one.") from error
+        raise _no_png(number) from error
 
 
 def numbers(values: Sequence[Any], what: str) -> np.ndarray:

@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from flam_core.errors import DataError, EnvironmentFault, pack
-from services.player import deployments
+from services.player import app, deployments
 from services.player.app import make_app
 from services.player.deployments import Inference, Scenes
 from services.player.guard import Access
 from services.player.settings import PlayerSettings
 from services.player.wire import OpenBody, frames_to_text
+from tests.services.player_fixture import SIZE, SLOTS
 from tests.services.test_player_sessions import CLIPS
 
 SETTINGS = PlayerSettings(model="model", data="data")
@@ -46,7 +49,7 @@ class Process:
 
 def ask(path: str, body: object = None, *, scenes: Process, inference: Process) -> tuple[int, dict[str, Any]]:
     """The status and the JSON that the app answers with."""
-    app = make_app(SETTINGS, Access(None, None), scenes, inference)
+    made = make_app(SETTINGS, Access(None, None), scenes, inference)
     sent: list[dict[str, Any]] = []
     content = b"" if body is None else json.dumps(body).encode()
 
@@ -61,7 +64,7 @@ def ask(path: str, body: object = None, *, scenes: Process, inference: Process) 
         **{"query_string": b"", "headers": [(b"content-type", b"application/json")], "scheme": "http"},
         **{"asgi": {"version": "3.0"}, "http_version": "1.1", "root_path": "", "server": ("x", 1), "client": ("y", 2)},
     }
-    asyncio.run(app(scope, receive, send))
+    asyncio.run(made(scope, receive, send))
     return sent[0]["status"], json.loads(b"".join(one.get("body", b"") for one in sent[1:]))
 
 
@@ -91,6 +94,20 @@ def test_what_goes_wrong_inside_is_json_without_internals(error: Exception, stat
         assert answered == status
         assert set(said) == {"error", "fix"}
         assert "secret" not in json.dumps(said)
+
+
+def test_frames_are_not_decoded_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[threading.Thread] = []
+
+    def decode(*_: object) -> np.ndarray:
+        where.append(threading.current_thread())
+        return CLIPS[0].frames
+
+    monkeypatch.setattr(app, "frames_from_text", decode)
+    found = np.zeros((1, SLOTS, 4), dtype=np.float32), np.zeros((1, SLOTS), dtype=np.int64), None
+    inference = Process(lambda *given: found if given else SIZE)
+    assert ask("/api/infer", {"frames": FRAMES}, scenes=FINE, inference=inference)[0] == 200
+    assert where[0] is not threading.main_thread()
 
 
 def test_health_tells_of_a_process_that_could_not_start() -> None:

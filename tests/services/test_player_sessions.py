@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import threading
@@ -17,6 +18,7 @@ from flam_core.errors import DataError, FlamError, SettingsError
 from flam_core.steering import generate
 from flam_core.steering.directions import directed
 from flam_core.steering.record import read_record
+from services.player import wire
 from services.player.errors import Busy, Gone
 from services.player.film import gif, record
 from services.player.guard import Access, Guard
@@ -216,6 +218,18 @@ def test_frames_come_back_from_the_wire_as_they_went() -> None:
             frames_from_text(sent, 3)
     with pytest.raises(DataError, match="differ in size"):
         frames_from_text([*frames_to_text(frames[:1]), *frames_to_text(frames[:1, ::2, ::2])], 3)
+
+
+def test_frames_of_another_size_are_refused_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = frames_to_text(np.zeros((3, 40, 64, 3), dtype=np.uint8))
+    monkeypatch.setattr(wire, "_frame", lambda *_: pytest.fail("a frame was decoded"))
+    with pytest.raises(DataError, match="64x40 pixels, and the model takes 24x24"):
+        frames_from_text(sent, 3, SIZE)
+    head = bytearray(base64.b64decode(frames_to_text(CLIPS[0].frames[:1])[0]))
+    head[16:24] = (30_000).to_bytes(4) * 2
+    for side, said in ((SIZE, "30000x30000 pixels, and"), (None, "30000x30000 pixels")):
+        with pytest.raises(DataError, match=said):
+            frames_from_text([base64.b64encode(head).decode()], 3, side)
 
 
 def test_a_token_is_asked_for_beyond_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
