@@ -17,8 +17,8 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MONITORING = REPOSITORY / "infra" / "monitoring"
-_METRIC = re.compile(r"\b(?:ray_[a-z0-9_]+|flam_(?!run\b)[a-z0-9_]+)")
-"""What is exported by Ray, and what is pushed; `flam_run` is a label."""
+_METRIC = re.compile(r"\b(?:(?:ray|autoscaler)_[a-z0-9_]+|flam_(?!run\b)[a-z0-9_]+)|^up\b")
+"""What is exported by Ray, what is pushed, and what Prometheus itself knows of each target; `flam_run` is a label."""
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def exported_by_ray() -> set[str]:
 
 
 def unknown(query: str) -> set[str]:
-    return set(_METRIC.findall(query)) - exported_by_flam() - exported_by_ray()
+    return set(_METRIC.findall(query)) - exported_by_flam() - exported_by_ray() - {"up"}
 
 
 def test_metrics_are_exported() -> None:
@@ -94,6 +94,8 @@ def test_a_metric_that_nobody_exports_is_found() -> None:
 def test_alerts_are_complete() -> None:
     assert {rule["alert"] for rule in alerts()} == {
         "FlamRunStalled",
+        "FlamWorkersPending",
+        "FlamTargetDown",
         "FlamFeedWait",
         "FlamObjectStoreSpilling",
         "FlamCollapse",
@@ -152,6 +154,24 @@ def test_prometheus_asks_more_often_than_ray_forgets() -> None:
     )
     assert service["spec"]["clusterIP"] == "None", "DNS would tell one address for all nodes"
     assert [port["port"] for port in service["spec"]["ports"]] == [found["port"]]
+
+
+def test_prometheus_asks_the_heads_other_ports() -> None:
+    from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
+    from ray.dashboard.consts import DASHBOARD_METRIC_PORT
+
+    settings = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    asked = {job["job_name"]: job["dns_sd_configs"][0] for job in settings["scrape_configs"] if "dns_sd_configs" in job}
+    ports = {"ray-autoscaler": AUTOSCALER_METRIC_PORT, "ray-dashboard": DASHBOARD_METRIC_PORT}
+    assert {name: asked[name]["port"] for name in ports} == ports
+    (service,) = [
+        one
+        for one in yaml.safe_load_all((REPOSITORY / "infra" / "kuberay" / "base" / "services.yaml").read_text())
+        if one["metadata"]["name"] == "flam-head-metrics"
+    ]
+    assert all(asked[name]["names"] == ["flam-head-metrics"] for name in ports)
+    assert service["spec"]["clusterIP"] == "None"
+    assert {port["port"] for port in service["spec"]["ports"]} == set(ports.values())
 
 
 def test_rays_own_dashboards_are_written(tmp_path: Path) -> None:
