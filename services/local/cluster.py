@@ -59,19 +59,23 @@ class Running:
         return None
 
     def rest(self) -> list[psutil.Process]:
-        """What it started and what these did, as far as it stayed in its session: known also when it has ended itself.
+        """All others of its session: what it started and what these did, also when it has ended itself.
 
-        A session has the number of the process that began it, and no other process gets that number while one of the
-        session is left. What has a number from elsewhere is of another session, or of one that began later: both are
-        told apart by the mark in the environment of all that a part starts.
+        A session has the number of the process that began it, which nobody else gets while one of the session is left. That
+        it is this part's own, and not a later one of the same number, is told by that process, or by the mark of any of
+        them (of some alone: who writes a title into its command line loses its environment).
         """
-        found = []
+        inside = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                inside = process.pid != self.pid and os.getsid(process.pid) == self.pid
-                if inside and process.create_time() >= self.created - 1 and process.environ().get(MARK) == self.mark:
-                    found.append(process)
-        return found
+                if process.pid != self.pid and os.getsid(process.pid) == self.pid:
+                    inside.append(process)
+        return inside if self.alive or any(self._marked(one) for one in inside) else []
+
+    def _marked(self, process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return bool(self.mark) and process.environ().get(MARK) == self.mark
+        return False
 
 
 def running(folder: Path) -> list[Running]:
