@@ -12,7 +12,7 @@ import yaml
 
 from services.registry.announce import PUSHGATEWAY
 from tests.infra.manifests import KUBERAY, KUBERNETES, OVERLAYS, REPOSITORY, Document, cluster, container_of, one
-from tests.infra.rules import pods
+from tests.infra.rules import pods, size
 from tests.infra.schemas import errors
 
 # What is there
@@ -27,6 +27,7 @@ def test_all_parts_are_there(documents: list[Document]) -> None:
         ("Deployment", "mlflow"),
         ("StatefulSet", "postgresql"),
         ("Deployment", "prometheus"),
+        ("PersistentVolumeClaim", "prometheus"),
         ("Deployment", "pushgateway"),
         ("Deployment", "grafana"),
         ("PodDisruptionBudget", "flam-ray-head"),
@@ -71,15 +72,9 @@ def test_object_stores_fit_into_shared_memory(documents: list[Document]) -> None
     spec = cluster(documents)
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         volumes = {each["name"]: each for each in group["template"]["spec"]["volumes"]}
-        room = _bytes(volumes["shm"]["emptyDir"]["sizeLimit"])
+        room = size(volumes["shm"]["emptyDir"]["sizeLimit"])
         store = int(group["rayStartParams"]["object-store-memory"])
-        assert store < room < _bytes(container_of(group)["resources"]["limits"]["memory"])
-
-
-def _bytes(quantity: str) -> int:
-    match = re.fullmatch(r"(\d+)(Mi|Gi)", quantity)
-    assert match, quantity
-    return int(match[1]) << {"Mi": 20, "Gi": 30}[match[2]]
+        assert store < room < size(container_of(group)["resources"]["limits"]["memory"])
 
 
 def test_nodes_have_the_time_to_end(documents: list[Document]) -> None:
@@ -120,6 +115,25 @@ def test_entrypoints_are_commands_that_the_jobs_take(documents: list[Document], 
     assert spec["shutdownAfterJobFinishes"] is True
 
 
+def test_the_readmes_programs_take_their_flags() -> None:
+    """What it has run in the head, and what it has the job train first."""
+    import importlib
+
+    import tyro
+
+    text = (KUBERAY / "README.md").read_text()
+    found = re.findall(r"python /app/jobs/(\w+)\.py ([^\n#\"]+)", text)
+    assert {program for program, _ in found} == {"ingest", "doctor", "train"}
+    for program, rest in found:
+        module, words = importlib.import_module(f"jobs.{program}"), shlex.split(rest)
+        start = {"default": module.from_recipe(words)} if program == "train" else {}
+        tyro.cli(module.Arguments, args=words, use_underscores=True, **start)
+    module = importlib.import_module("jobs.train")
+    words = ["tiny", "--no-register"]
+    assert "`--no-register`" in text
+    assert not tyro.cli(module.Arguments, default=module.from_recipe(words), args=words).settings.register
+
+
 def test_the_gate_and_prometheus_mean_one_pushgateway(documents: list[Document]) -> None:
     spec = cluster(documents)
     scrapes = yaml.safe_load(one(documents, "ConfigMap", "prometheus")["data"]["prometheus.yml"])["scrape_configs"]
@@ -132,6 +146,38 @@ def test_the_gate_and_prometheus_mean_one_pushgateway(documents: list[Document])
     host, _, port = address.partition(":")
     assert [each["port"] for each in one(documents, "Service", host)["spec"]["ports"]] == [int(port)]
     assert one(documents, "Deployment", host)["spec"]["replicas"] == 1
+
+
+def test_prometheus_keeps_less_than_its_volume_holds(documents: list[Document]) -> None:
+    deployment = one(documents, "Deployment", "prometheus")["spec"]
+    assert deployment["strategy"] == {"type": "Recreate"}, "two pods would want one volume"
+    args = deployment["template"]["spec"]["containers"][0]["args"]
+    (kept,) = [int(word.partition("=")[2].removesuffix("GB")) for word in args if "retention.size" in word]
+    room = one(documents, "PersistentVolumeClaim", "prometheus")["spec"]["resources"]["requests"]["storage"]
+    assert kept * 10**9 < 0.95 * size(room)
+
+
+def test_rays_dashboard_finds_prometheus_and_grafana(documents: list[Document]) -> None:
+    from ray.dashboard.modules.metrics import metrics_head
+
+    environment = {each["name"]: each.get("value") for each in container_of(cluster(documents)["headGroupSpec"])["env"]}
+    addresses = {
+        metrics_head.PROMETHEUS_HOST_ENV_VAR: "prometheus",
+        metrics_head.GRAFANA_HOST_ENV_VAR: "grafana",
+    }
+    for variable, service in addresses.items():
+        (port,) = one(documents, "Service", service)["spec"]["ports"]
+        assert environment[variable] == f"http://{service}:{port['port']}"
+    assert environment[metrics_head.GRAFANA_IFRAME_HOST_ENV_VAR] == "http://localhost:3000"
+    settings = yaml.safe_load(one(documents, "ConfigMap", "grafana-provisioning")["data"]["datasource.yaml"])
+    (source,) = settings["datasources"]
+    assert source["name"] == metrics_head.DEFAULT_PROMETHEUS_NAME, "the panels in its frames would have no data"
+
+
+def test_gpus_of_a_node_are_one_pods_in_the_large_overlay(rendered: dict[str, list[Document]]) -> None:
+    """Else NCCL has no NVLink between ranks of one node."""
+    (gpu,) = [each for each in cluster(rendered["large"])["workerGroupSpecs"] if each["groupName"] == "gpu"]
+    assert container_of(gpu)["resources"]["limits"]["nvidia.com/gpu"] == "8"
 
 
 # Schemas
@@ -243,6 +289,9 @@ def test_volumes_accounts_and_config_maps_exist(documents: list[Document]) -> No
         for container in pod.containers:
             assert {each["name"] for each in container.get("volumeMounts", [])} <= volumes, pod.owner
         for volume in pod.spec.get("volumes", []):
+            if "persistentVolumeClaim" in volume:
+                claim = volume["persistentVolumeClaim"]["claimName"]
+                assert ("PersistentVolumeClaim", claim) in named, pod.owner
             if "configMap" in volume:
                 assert ("ConfigMap", volume["configMap"]["name"]) in named, pod.owner
 
