@@ -29,6 +29,8 @@ _STILL = 0.3
 """A code moves its slot if it does so by this share of the slot's fastest code or more."""
 _LEAST_MOTION = 0.01
 """Share of the frame's side; less than this is no movement."""
+_SAME = 1e-3
+"""Distance up to which a latent action is a code: a code's vector has length 1, and rounding is far less."""
 _EXAMPLES = 40
 """Transitions of a slot that are kept for each direction, and for stillness."""
 
@@ -42,7 +44,7 @@ class DiscoveredActions:
     in shares of the frame's side, x to the right and y down; zero for a code that is never used. entity: the number of
     the ground-truth entity that each slot is matched with, None where none is known. consistency: how much alike the
     moves of a code are, float32 [N_k]: the length of their mean over their root mean square. examples: transitions of
-    each slot, for `directed`.
+    each slot, for `directed`. discrete: codes are those of a codebook, which may have more than are kept here.
     """
 
     vectors: tuple[Tensor, ...]
@@ -51,6 +53,7 @@ class DiscoveredActions:
     entity: tuple[int | None, ...]
     consistency: tuple[Tensor, ...] = ()
     examples: tuple[Examples, ...] = ()
+    discrete: bool = False
 
     @property
     def slots(self) -> int:
@@ -101,10 +104,25 @@ class DiscoveredActions:
             raise SettingsError(f"the model has no slot {slot}", fix=f"Its slots are 0 to {self.slots - 1}.")
         return slot
 
+    def other(self, slot: int) -> float:
+        """The share of a slot's transitions that have a code which is not kept. Raises SettingsError as `arrows`."""
+        return max(0.0, 1.0 - float(self.usage[self.check_slot(slot)].sum())) if self.discrete else 0.0
+
     def nearest(self, actions: Tensor) -> Tensor:
-        """Which code of its slot each latent action is nearest to: int64 [..., K] of float32 [..., K, A]."""
-        found = [torch.cdist(actions[..., k, :].float(), self.vectors[k]).argmin(dim=-1) for k in range(self.slots)]
+        """Which code of its slot each latent action is nearest to: int64 [..., K] of float32 [..., K, A].
+
+        -1 for a discrete one that is none of the codes: the nearest would be another one's number.
+        """
+        found = []
+        for k in range(self.slots):
+            own, exact = actions[..., k, :].float(), "donot_use_mm_for_euclid_dist"
+            distance, code = torch.cdist(own, self.vectors[k], compute_mode=exact).min(dim=-1)
+            found.append(code.where(distance <= _SAME, -1) if self.discrete else code)
         return torch.stack(found, dim=-1)
+
+    def numbers(self, actions: Tensor) -> list[list[int | None]]:
+        """The same of actions [T, K, A] as lists, with None for -1."""
+        return [[None if code < 0 else code for code in row] for row in self.nearest(actions).tolist()]
 
 
 @torch.no_grad()
@@ -143,7 +161,9 @@ def discover_actions(
         consistency.append(torch.from_numpy(alike.astype(np.float32)))
     entity = tuple((entities or {}).get(k) for k in range(len(vectors)))
     examples = tuple(_examples(actions[:, k], places[:, k], moves[:, k], seed) for k in range(len(vectors)))
-    return DiscoveredActions(tuple(vectors), tuple(usage), tuple(motion), entity, tuple(consistency), examples)
+    return DiscoveredActions(
+        tuple(vectors), tuple(usage), tuple(motion), entity, tuple(consistency), examples, codes is not None
+    )
 
 
 def save_actions(actions: DiscoveredActions, folder: Path) -> Path:
@@ -154,7 +174,7 @@ def save_actions(actions: DiscoveredActions, folder: Path) -> Path:
         tensors |= {name: getattr(actions.examples[k], name) for name in _EXAMPLE_FIELDS}
         slots.append({name: values.tolist() for name, values in tensors.items()} | {"entity": actions.entity[k]})
     path = folder / ACTIONS_FILE
-    path.write_text(json.dumps({"format": _FORMAT, "slots": slots}) + "\n")
+    path.write_text(json.dumps({"format": _FORMAT, "discrete": actions.discrete, "slots": slots}) + "\n")
     return path
 
 
@@ -170,7 +190,7 @@ def load_actions(address: str | Path) -> DiscoveredActions | None:
         content = json.loads(path.read_text())
         if content["format"] != _FORMAT:
             raise DataError(f"{path} is of format {content['format']}, and this flam reads {_FORMAT}", fix=_ANEW)
-        slots = content["slots"]
+        slots, discrete = content["slots"], content.get("discrete", False)  # files of before it was kept have none
         columns = {name: tuple(_tensor(slot[name]) for slot in slots) for name in (*_FIELDS, *_EXAMPLE_FIELDS)}
         entity = tuple(None if slot["entity"] is None else int(slot["entity"]) for slot in slots)
     except (ValueError, KeyError, TypeError) as error:
@@ -182,7 +202,7 @@ def load_actions(address: str | Path) -> DiscoveredActions | None:
         shapes = (codes,), (codes, 2), (codes,), (known, 2), (known, 2), (known, v.shape[-1])
         if v.ndim != 2 or not codes or shapes != tuple(tuple(x.shape) for x in (u, m, c, e.places, e.moves, e.actions)):
             raise DataError(f"{path} does not give each code its vector, usage and motion", fix=_ANEW)
-    return DiscoveredActions(vectors, usage, motion, entity, consistency, examples)
+    return DiscoveredActions(vectors, usage, motion, entity, consistency, examples, discrete is True)
 
 
 _FIELDS = ("vectors", "usage", "motion", "consistency")

@@ -30,8 +30,9 @@ class FilmRecord:
     """[t - 1][K][A], between the given frames."""
     actions: list[list[list[float]]]
     """[S][K][A], one a step."""
-    codes: list[list[int]] | None
-    """[S][K]: the discovered code that each is nearest to; None where no codes are known."""
+    codes: list[list[int | None]] | None
+    """[S][K]: the discovered code that each is nearest to; None where no codes are known, or for a code of a codebook
+    that is not among the discovered ones."""
     frames_sha256: str
     """Of the S frames that came of them."""
 
@@ -93,7 +94,7 @@ class Record:
 
 def record_film(label: str, film: Film, discovered: DiscoveredActions | None) -> FilmRecord:
     """A film's part of a record."""
-    codes = None if discovered is None else discovered.nearest(film.actions).tolist()
+    codes = None if discovered is None else discovered.numbers(film.actions)
     return FilmRecord(label, film.known.tolist(), film.actions.tolist(), codes, frames_digest(film.frames))
 
 

@@ -36,6 +36,7 @@ from services.player.wire import (
     StepBody,
     frames_from_text,
     frames_to_text,
+    known_codes,
     numbers,
 )
 from services.player.work import ToEdit, ToRoll
@@ -107,7 +108,7 @@ def _api(settings: PlayerSettings, inference: Any, scenes: Any) -> APIRouter:
     async def infer(body: InferBody) -> Inferred:
         """The latent actions of a clip, and the discovered actions that they are nearest to."""
         actions, codes, version = await asked(inference.infer.remote, await frames(body.frames))
-        return Inferred(actions=actions.tolist(), codes=codes.tolist(), version=version)
+        return Inferred(actions=actions.tolist(), codes=known_codes(codes), version=version)
 
     @api.post("/rollout")
     async def rollout(body: RolloutBody) -> Frames:

@@ -63,7 +63,7 @@ def record(session: Session, number: int, feedback: Feedback) -> str:
         label="played",
         known=[],
         actions=actions.tolist(),
-        codes=side.served.actions.nearest(actions).tolist(),
+        codes=side.served.actions.numbers(actions),
         frames_sha256=frames_digest(frames[1:]),
     )
     return Record(

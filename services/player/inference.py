@@ -49,7 +49,7 @@ def check_roll(served: Served, asked: ToRoll, limit: int) -> None:
 
 
 def infer(served: Served, clips: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each clip uint8 [T, H, W, 3], its latent actions float32 [T - 1, K, A] and their codes [T - 1, K]."""
+    """Of each clip uint8 [T, H, W, 3], its latent actions float32 [T - 1, K, A] and codes [T - 1, K], -1: none."""
 
     def together(same: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         frames = torch.from_numpy(np.stack(same)).to(_device(served.model))

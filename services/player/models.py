@@ -87,7 +87,7 @@ class Served:
         for k in range(found.slots):
             numbers = zip(*(x[k].tolist() for x in (found.motion, found.usage, found.consistency)), strict=True)
             codes = [Code(motion=motion, usage=usage, consistency=alike) for motion, usage, alike in numbers]
-            slots.append(Slot(codes=codes, arrows=self.ways(k), entity=found.entity[k]))
+            slots.append(Slot(codes=codes, other=found.other(k), arrows=self.ways(k), entity=found.entity[k]))
         config = self.model.dynamics.config
         return ModelView(
             address=self.address,

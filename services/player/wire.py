@@ -62,6 +62,7 @@ class Slot(BaseModel):
     """What a slot can do."""
 
     codes: list[Code]
+    other: float = Field(description="Share of its transitions that have a code which is not among them.")
     arrows: list[Arrow] = Field(description="The ways that it has been seen to go.")
     entity: int | None = Field(description="The ground-truth entity that the slot is matched with.")
 
@@ -95,7 +96,9 @@ class Inferred(BaseModel):
     """Latent actions of the clip's transitions."""
 
     actions: list[Transition] = Field(description="[T - 1, K, A]")
-    codes: list[list[int]] = Field(description="[T - 1, K]: the slot's discovered action that is nearest.")
+    codes: list[list[int | None]] = Field(
+        description="[T - 1, K]: the slot's discovered action that is nearest; null for a code that is not among them."
+    )
     version: str | None
 
 
@@ -279,3 +282,8 @@ def numbers(values: Sequence[Any], what: str) -> np.ndarray:
         return np.asarray(values, dtype=np.float32)
     except (ValueError, TypeError) as error:
         raise DataError(f"{what} are lists of different lengths", fix="Give every step and slot as many.") from error
+
+
+def known_codes(codes: np.ndarray) -> list[list[int | None]]:
+    """Numbers of codes [T, K], None for -1."""
+    return [[None if code < 0 else code for code in row] for row in codes.tolist()]

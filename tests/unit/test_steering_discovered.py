@@ -56,7 +56,29 @@ def test_codes_of_a_discrete_action_are_its_codebooks_those_in_use_first() -> No
         assert torch.equal(found.vectors[slot], latent.vectors(ordered).cpu())
         assert torch.allclose(found.usage[slot], counts[ordered] / counts.sum())
     inferred = model.infer_actions(model.slots(model.encode(film))[0])
-    assert set(found.nearest(inferred).unique().tolist()) <= set(range(4))
+    nearest = found.nearest(inferred)
+    for slot in range(3):
+        kept = torch.bincount(codes[..., slot].flatten(), minlength=6).argsort(descending=True, stable=True)[:4]
+        place = (codes[..., slot, None] == kept).int()  # a code that is not kept has none
+        assert torch.equal(nearest[..., slot], place.argmax(dim=-1).where(place.any(dim=-1), -1))
+        assert found.other(slot) == pytest.approx(float((place.sum(dim=-1) == 0).float().mean()), abs=1e-6)
+
+
+def test_codes_beyond_those_kept_are_none_and_have_a_share(tmp_path: Path) -> None:
+    model, film = steered(latent="vq", codebook=6), clips(4)
+    found = discover_actions(model, film, most=1)
+    actions = torch.stack([cast(Any, model.dynamics.latent).vectors(torch.arange(6))] * 3, dim=1).cpu()
+    for back in (found, None):
+        if back is None:
+            save_model(model, tmp_path / "model", "card")
+            save_actions(found, tmp_path / "model")
+            back = load_actions(tmp_path)
+            assert back is not None
+        for slot in range(3):
+            numbers = [row[slot] for row in back.numbers(actions)]
+            assert sorted(numbers, key=str) == [0] + [None] * 5
+            assert back.other(slot) == pytest.approx(1 - float(back.usage[slot][0]), abs=1e-6)
+    assert found_in_puppets(WatchedPuppets()).other(0) == 0
 
 
 def test_they_are_kept_beside_the_model_bit_for_bit(tmp_path: Path) -> None:

@@ -222,7 +222,8 @@ function listSlots() {
 function listCodes() {
   const slot = state.slot === null ? null : state.models[0].slots[state.slot];
   const signs = (slot?.arrows ?? []).map((name) => SIGNS[name]).join(" ");
-  $("codes-of").textContent = slot ? `slot ${state.slot}${signs && `, keys ${signs}`}` : "take a slot first";
+  const other = slot?.other >= 0.005 ? `, others ${Math.round(100 * slot.other)} %` : "";
+  $("codes-of").textContent = slot ? `slot ${state.slot}${signs && `, keys ${signs}`}${other}` : "take a slot first";
   const fastest = Math.max(LEAST_MOTION, ...(slot?.codes ?? []).map(({ motion }) => Math.hypot(...motion)));
   $("codes").style.setProperty("--slot", state.slot === null ? "" : colourOf(state.slot));
   $("codes").replaceChildren(...(slot?.codes ?? []).map((one, number) => {
