@@ -6,8 +6,10 @@ The plain one knows what our kustomizations use and refuses everything else.
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ _WITHOUT_NAMESPACE = {"Namespace"}
 
 def kustomize_command() -> list[str] | None:
     """How kustomize is called here, if it is."""
-    for command in (["kubectl", "kustomize"], ["kustomize", "build"]):
-        if shutil.which(command[0]):
-            return command
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    for name, word in (("kubectl", "kustomize"), ("kustomize", "build")):  # extra `dev` brings kubectl
+        if program := shutil.which(name, path=places):
+            return [program, word]
     return None
 
 
