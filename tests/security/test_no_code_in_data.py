@@ -15,25 +15,52 @@ RUN_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "sh
 """Modules that make objects, and so calls, of what they read."""
 SAFE_BY = {
     "torch.load": ("weights_only", True),
+    "torch.serialization.load": ("weights_only", True),
     "np.load": ("allow_pickle", False),
     "numpy.load": ("allow_pickle", False),
 }
-NEVER = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "os.system"}
+NEVER = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen"}
 
 
 def dangers(source: str) -> Iterator[str]:
     """What in Python source would run code that came with data."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    meant = _meant(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (f"import {one.name}" for one in node.names if one.name.partition(".")[0] in RUN_CODE)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in RUN_CODE:
             yield f"from {node.module}"
         elif isinstance(node, ast.Call):
-            yield from _of_call(node)
+            yield from _of_call(node, meant)
 
 
-def _of_call(node: ast.Call) -> Iterator[str]:
-    called = ast.unparse(node.func)
+def _meant(tree: ast.AST) -> dict[str, str]:
+    """What each name of the source stands for: `load` for torch.load after `from torch import load`, and so on.
+
+    A name that is given on by `other = load` too.
+    """
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update({one.asname: one.name for one in node.names if one.asname})
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.update({one.asname or one.name: f"{node.module}.{one.name}" for one in node.names})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name | ast.Attribute):
+            whole = _whole(ast.unparse(node.value), found)
+            if whole in SAFE_BY or whole in NEVER:
+                found.update({target.id: whole for target in node.targets if isinstance(target, ast.Name)})
+    return found
+
+
+def _whole(name: str, meant: dict[str, str]) -> str:
+    first, dot, rest = name.partition(".")
+    return f"{meant.get(first, first)}{dot}{rest}".removeprefix("builtins.")
+
+
+def _of_call(node: ast.Call, meant: dict[str, str]) -> Iterator[str]:
+    called = _whole(ast.unparse(node.func), meant)
     given = {one.arg: one.value.value for one in node.keywords if isinstance(one.value, ast.Constant)}
     if called in NEVER:
         yield called
@@ -57,6 +84,17 @@ def test_nothing_that_is_read_runs_code(path: Path) -> None:
         "from joblib import load",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
+        "from torch import load\nload(path)",
+        "from torch import load as read\nread(path, weights_only=False)",
+        "import torch as t\nt.load(path)",
+        "import torch\nread = torch.load\nread(path)",
+        "from torch import serialization\nserialization.load(path)",
+        "import numpy as n\nn.load(path)",
+        "from numpy import load\nload(path, allow_pickle=True)",
+        "from yaml import load\nload(text)",
+        "import yaml as y\ny.full_load(text)",
+        "from os import system\nsystem(text)",
+        "import builtins\nbuiltins.eval(text)",
         "np.load(path)",
         "np.load(path, allow_pickle=True)",
         "eval(text)",
@@ -70,5 +108,8 @@ def test_what_would_is_found(source: str) -> None:
 
 
 def test_what_is_safe_is_not() -> None:
-    safe = "torch.load(f, weights_only=True)\nnp.load(f, allow_pickle=False)\nmodel.eval()\njson.loads(text)"
+    safe = (
+        "torch.load(f, weights_only=True)\nnp.load(f, allow_pickle=False)\nmodel.eval()\njson.loads(text)\n"
+        "from torch import load\nload(f, weights_only=True)\nfrom flam_core import load as read\nread(address)"
+    )
     assert list(dangers(safe)) == []
