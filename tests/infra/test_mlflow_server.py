@@ -166,6 +166,27 @@ def test_the_probe_is_let_in_by_the_pods_own_address(server: Server) -> None:
     assert requests.get(f"{server.url}/health", timeout=30, headers={"Host": "10.1.2.3:5000"}).status_code == 200
 
 
+def test_the_readme_makes_a_user_for_runs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who logs runs and registers models, and is no admin."""
+    readme = (REPOSITORY / "infra" / "kuberay" / "README.md").read_text()
+    (program,) = re.findall(r"^  '(import sys, mlflow\.server\.auth.*)'$", readme, re.MULTILINE)
+    password = "p" * 48
+    admin = {**os.environ, "MLFLOW_TRACKING_USERNAME": AUTH[0], "MLFLOW_TRACKING_PASSWORD": AUTH[1]}
+    command = [sys.executable, "-c", program, server.url]
+    subprocess.run(command, input=password, text=True, env=admin, check=True, capture_output=True, timeout=120)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "flam")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    client = mlflow.MlflowClient(server.url)
+    run = client.create_run(client.create_experiment("of-flam"))
+    client.log_metric(run.info.run_id, "loss", 0.5)
+    client.create_registered_model("flam-of-flam")
+    version = client.create_model_version("flam-of-flam", f"runs:/{run.info.run_id}/model", run.info.run_id)
+    client.set_registered_model_alias("flam-of-flam", "candidate", version.version)
+    more = {"username": "other", "password": password}
+    url = f"{server.url}/api/2.0/mlflow/users/create"
+    assert requests.post(url, json=more, auth=("flam", password), timeout=30).status_code == 403
+
+
 def test_runs_and_artifacts_go_through_it(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A client has no key of the bucket, and needs none."""
     import boto3
