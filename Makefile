@@ -56,9 +56,10 @@ test-page: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-# make cluster   Ray, MLflow and S3 on this machine, closed to strangers; make cluster-down stops what it started
+# make cluster   Ray, MLflow and S3 on this machine, closed to strangers (METRICS=1: with Debian's Prometheus); make cluster-down stops what it started
+METRICS ?=
 cluster: $(READY)
-	$(RUN) jobs/cluster.py up
+	$(RUN) jobs/cluster.py up $(if $(filter-out 0,$(METRICS)),--metrics)
 
 cluster-down: $(READY)
 	$(RUN) jobs/cluster.py down

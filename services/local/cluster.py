@@ -61,9 +61,9 @@ class Running:
     def rest(self) -> list[psutil.Process]:
         """All others of its session: what it started and what these did, also when it has ended itself.
 
-        A session has the number of the process that began it, which nobody else gets while one of the session is left. That
-        it is this part's own, and not a later one of the same number, is told by that process, or by the mark of any of
-        them (of some alone: who writes a title into its command line loses its environment).
+        A session has the number of the process that began it, which nobody else gets while one of the session is left.
+        That it is this part's own, and no later one of the same number, is told by that process, or by the mark of any
+        of them (some lose theirs: who writes a title into its command line overwrites its environment).
         """
         inside = []
         for process in psutil.process_iter():
