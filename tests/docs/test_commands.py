@@ -34,6 +34,10 @@ SHELL = [block for block in blocks() if block.shell]
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 MORE_FLAGS = {"--debug"}
 """That every job takes and no help lists."""
+GUIDE = "infra/kuberay/README.md"
+JOBS = {path.stem for path in (REPOSITORY / "jobs").glob("*.py")}
+TESTED = re.compile(r"^(?:def|from|import) ", re.MULTILINE)
+"""Marks Python: .ci/run names targets of the Makefile."""
 Answers = dict[tuple[str, ...], Answer]
 
 
@@ -56,10 +60,45 @@ def test_each_block_says_how_it_is_tested(block: Block) -> None:
 
 @pytest.mark.parametrize("block", of("checked by"), ids=str)
 def test_the_tests_that_a_block_names_run_its_programs(block: Block) -> None:
-    texts = [(REPOSITORY / name).read_text() for name in block.given]
+    text = "\n".join((REPOSITORY / name).read_text() for name in block.given)
     for command in block.commands:
         for program in programs(command):
-            assert any(re.search(rf"\b{re.escape(program)}\b", text) for text in texts), f"{block}: {program}"
+            started = (
+                rf"\b{re.escape(program)}\b" if program not in JOBS or not TESTED.search(text) else starts(program)
+            )
+            assert re.search(started, text), f"{block}: {program}"
+
+
+def starts(job: str) -> str:
+    """How a test starts a job: as the first of some words, by its file, or by a helper of the tests."""
+    ways = [rf"""[\[(]\s*["']{job}["']""", rf"jobs/{job}\.py"]
+    return "|".join([*ways, r"\btrain\(cluster\b", r"\bsmoke_run\b"] if job == "train" else ways)
+
+
+@pytest.mark.parametrize(
+    ("text", "does"),
+    [
+        ('run_job(["doctor", "--json"], env)', True),
+        ('run(f"{REPOSITORY}/jobs/doctor.py")', True),
+        ('"""What the doctor says."""', False),
+        ("from services.doctor import examine", False),
+    ],
+)
+def test_a_word_in_a_test_is_not_yet_a_program_that_it_starts(text: str, does: bool) -> None:
+    assert bool(re.search(starts("doctor"), text)) is does
+
+
+MANIFESTS = list(blocks_of(GUIDE, (REPOSITORY / GUIDE).read_text()))
+
+
+@pytest.mark.parametrize("block", [block for block in MANIFESTS if block.shell], ids=str)
+def test_each_block_for_kubernetes_says_why_it_is_not_run(block: Block, helps: dict[str, str]) -> None:
+    """They are for a cluster of others, in a shell's own grammar; the jobs in them know their flags."""
+    assert block.kind in ("not run", "checked by"), f"{block}: put a comment before it (tests/docs/commands.py)"
+    assert len(block.what.split()) >= 3 or block.kind == "checked by", f"{block}: say why"
+    for job, words in re.findall(r"jobs/(\w+)\.py([^\"'\n]*)", block.body):
+        known = set(re.findall(r"--[\w.]+", helps[job]))
+        assert set(flags(words.split())) <= known, f"{block}: jobs/{job}.py{words}"
 
 
 def programs(command: Command) -> list[str]:
