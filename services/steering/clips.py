@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from flam_core.evaluation.context import HeldOutClip
 from flam_core.evaluation.held_out import held_out_clips
 from flam_core.steering.clips import read_clip
 from services.steering.settings import GenerateSettings
-from services.storage import resolve
+from services.storage import read_bytes, resolve
 
 _SPLIT = "test"
 
@@ -45,7 +46,7 @@ class Clips:
         assert name is not None  # the settings have seen to it
         if name.isdecimal():
             return self._stored("from_clip", int(name))[:frames]
-        return self._read("from_clip", Path(name), frames)
+        return self._read("from_clip", name, frames)
 
     def many(self, clips: int, frames: int) -> Tensor:
         """Up to `clips` windows uint8 [N, frames, H, W, 3] of the data set, to see what slots do in it."""
@@ -54,9 +55,14 @@ class Clips:
             raise DataError(f"{self._data} has no held-out clip of {frames} frames", fix="Give another with --data.")
         return torch.from_numpy(np.stack([clip.frames for clip in found]))
 
-    def _read(self, role: str, path: Path, frames: int) -> Tensor:
-        self.sources[role] = str(path)
-        return read_clip(path, self._size, frames, self._settings.fps)
+    def _read(self, role: str, address: str, frames: int) -> Tensor:
+        self.sources[role] = address
+        if "://" not in address:
+            return read_clip(Path(address), self._size, frames, self._settings.fps)
+        with tempfile.TemporaryDirectory(prefix="flam-clip-") as place:  # decoders read files
+            copy = Path(place, address.rpartition("/")[2])
+            copy.write_bytes(read_bytes(resolve(address)))
+            return read_clip(copy, self._size, frames, self._settings.fps)
 
     def _stored(self, role: str, number: int) -> Tensor:
         found = self._windows(None, number + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from services.steering.clips import Clips
 from services.steering.settings import GenerateSettings
 from services.storage import read_bytes, resolve, write_bytes
 
-_STEPS = 20
+_STEPS, _SAMPLES = 20, 4
 """By default."""
 _FRAMES_FILE = "frames.npz"
 _CLIPS, _FRAMES = 64, 11
@@ -55,8 +55,9 @@ def generate(settings: GenerateSettings) -> dict[str, str]:
     model, sha256 = load(folder), saved_sha256(folder)
     discovered = load_actions(folder)
     clips = Clips(settings, model.tokenizer.config.frame_size)
+    differ = 0
     if settings.mode == "replay":
-        record, made = _replay(settings, model, sha256, clips)
+        record, made, differ = _replay(settings, model, sha256, clips)
     else:
         made = _MODES[settings.mode](settings, model, clips, discovered)
         start = next(iter(made.films.values())).start
@@ -73,6 +74,11 @@ def generate(settings: GenerateSettings) -> dict[str, str]:
             films=[record_film(label, one, discovered) for label, one in made.films.items()],
         )
     _write(settings, made, record)
+    if differ:
+        raise DataError(
+            f"{differ} of {len(made.films)} films are not those that {settings.actions} records",
+            fix=f"They come back on a processor and PyTorch of the same kind; what came instead is in {settings.out}.",
+        )
     steps = len(next(iter(made.films.values())).frames)
     return {"mode": settings.mode, "steps": str(steps), **clips.sources, **made.rows, "folder": str(settings.out)}
 
@@ -127,7 +133,7 @@ def _free(settings: GenerateSettings, model: Flam, clips: Clips, _: DiscoveredAc
     start = clip[: settings.context]
     films = {
         f"future {i}": steering.imagine(model, start, steps, settings.seed + i, feedback=settings.feedback)
-        for i in range(settings.samples)
+        for i in range(settings.samples or _SAMPLES)
     }
     return _Made(films, clip if len(clip) == settings.context + steps else None)
 
@@ -144,12 +150,13 @@ def _transfer(settings: GenerateSettings, model: Flam, clips: Clips, _: Discover
     return _Made({"the scene that\nfollows": found}, None, beside)
 
 
-def _replay(settings: GenerateSettings, model: Flam, sha256: str, clips: Clips) -> tuple[Record, _Made]:
-    """The films of a record again, and whether they are the same."""
+def _replay(settings: GenerateSettings, model: Flam, sha256: str, clips: Clips) -> tuple[Record, _Made, int]:
+    """A record and its films again, and how many of them are not the same."""
     assert settings.actions is not None  # the settings have seen to it
-    record = read_record(read_bytes(resolve(settings.actions)), str(settings.actions))
+    record = read_record(read_bytes(resolve(settings.actions)), settings.actions)
     if settings.clip is None and settings.data is None:
-        clip = _stored_frames(settings.actions.parent / _FRAMES_FILE)
+        folder, slash, _ = settings.actions.rpartition("/")
+        clip = _stored_frames(f"{folder}{slash}{_FRAMES_FILE}")
     else:
         steps = max(len(film.actions) for film in record.films)
         clip = clips.scene(record.start_frames + steps)
@@ -160,18 +167,9 @@ def _replay(settings: GenerateSettings, model: Flam, sha256: str, clips: Clips) 
         films[one.label] = steering.replay(model, start, *one.tensors, feedback=record.feedback)
         same += frames_digest(films[one.label].frames) == one.frames_sha256
     clips.sources.update(record.source)
-    equal = "yes, bit for bit" if same == len(films) else f"{same} of {len(films)} films: another processor or PyTorch?"
     whole = len(clip) == len(next(iter(films.values())).all_frames)
-    # What the films are now is what is recorded beside them.
-    fresh = replace(
-        record,
-        films=[
-            replace(one, frames_sha256=frames_digest(film.frames))
-            for one, film in zip(record.films, films.values(), strict=True)
-        ],
-    )
-    made = _Made(films, clip if whole else None, (), record.slot, {"same frames as recorded": equal})
-    return fresh, made
+    rows = {"same frames as recorded": "yes, bit for bit"}
+    return record, _Made(films, clip if whole else None, (), record.slot, rows), len(record.films) - same
 
 
 _MODES = {"reconstruct": _reconstruct, "edit": _edit, "free": _free, "transfer": _transfer}
@@ -196,7 +194,7 @@ def _codes(discovered: DiscoveredActions | None, model: Flam, clips: Clips) -> D
         ) from error
 
 
-def _stored_frames(path: Path) -> Tensor:
+def _stored_frames(path: str) -> Tensor:
     """The given frames, and the true ones after them where they are known: uint8 [t, H, W, 3]."""
     try:
         with np.load(io.BytesIO(read_bytes(resolve(path))), allow_pickle=False) as stored:

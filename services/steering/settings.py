@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -25,8 +24,8 @@ class GenerateSettings:
     """"reconstruct": the clip again, by the actions inferred from it. "edit": the same, with other actions for --slot.
     "free": futures from the learned prior. "transfer": the actions of --from_clip in the scene of the clip. "replay":
     what --actions recorded."""
-    clip: Path | None = None
-    """A video file or a picture, of any size, for the scene; default: a clip of the data set."""
+    clip: str | None = None
+    """A video file or a picture, of any size, for the scene, here or s3://...; default: a clip of the data set."""
     data: str | None = None
     """A data set: a folder or s3://bucket/prefix. Default: what a registered version was trained on."""
     clip_index: int = 0
@@ -42,16 +41,16 @@ class GenerateSettings:
     """"edit": move the slot this way, by the latent action that does so from where it stands."""
     steps: int | None = None
     """Default: 20, or as many as the clip allows."""
-    samples: int = 4
-    """Futures that "free" gives."""
+    samples: int | None = None
+    """Futures that "free" gives; default: 4."""
     context: int = 1
     """True frames that are given."""
     seed: int = 0
     """Of what is drawn; of future number i it is seed + i."""
     feedback: Feedback = "frames"
     """What a step builds on: the drawn frame, read again, or the predicted slots, which drift sooner."""
-    actions: Path | None = None
-    """"replay": the actions.json to take. Its clip is the frames.npz beside it, if none is given."""
+    actions: str | None = None
+    """"replay": the actions.json to take, here or s3://.... Its clip is the frames.npz beside it, if none is given."""
     fps: float | None = None
     """Frames a second that a video file is read at; default: all of its frames."""
     show_fps: float = 4.0
@@ -65,8 +64,9 @@ class GenerateSettings:
         if self.steps is not None:
             check_steps(self.steps)
         for name, least, most in (("context", 1, 64), ("samples", 1, 16), ("clip_index", 0, 1_000_000)):
-            if not least <= getattr(self, name) <= most:
-                raise SettingsError(f"{name} = {getattr(self, name)}", fix=f"Choose {least} to {most}.")
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise SettingsError(f"{name} = {value}", fix=f"Choose {least} to {most}.")
         for name in ("fps", "show_fps"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 120:
@@ -81,6 +81,8 @@ class GenerateSettings:
             ("toward", (), ("edit",)),
             ("from_clip", ("transfer",), ("edit", "transfer")),
             ("actions", ("replay",), ("replay",)),
+            ("samples", (), ("free",)),
+            ("steps", (), ("reconstruct", "edit", "free", "transfer")),
         ):
             given = getattr(self, name) is not None
             if not given and self.mode in needed_by:

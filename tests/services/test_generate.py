@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from flam_core.errors import DataError, FlamError, SettingsError
 from flam_core.saved_model import save_model
 from flam_core.steering.discovered import load_actions
 from services.steering import GenerateSettings, generate
+from services.storage import Location, resolve
 from tests.services.conftest import environment, run_job
 from tests.steering_fixture import steered
 from tests.videos_fixture import encode_video, video_frames
@@ -66,7 +68,7 @@ def test_every_mode_is_replayed_bit_for_bit(settings: GenerateSettings, name: st
     assert arrays["film_0"].shape == (STEPS, 48, 48, 3)
     assert ("truth" in arrays) == (name != "transfer")
     replay = GenerateSettings(
-        asked.model, mode="replay", actions=Path(asked.out, "actions.json"), out=str(tmp_path / "again")
+        asked.model, mode="replay", actions=f"{asked.out}/actions.json", out=str(tmp_path / "again")
     )
     assert generate(replay)["same frames as recorded"] == "yes, bit for bit"
     with np.load(tmp_path / "again" / "frames.npz", allow_pickle=False) as again:
@@ -77,7 +79,7 @@ def test_every_mode_is_replayed_bit_for_bit(settings: GenerateSettings, name: st
 
 def test_a_record_is_for_its_own_model_and_start(settings: GenerateSettings, tmp_path: Path) -> None:
     made(settings)
-    replay = replace(settings, mode="replay", actions=Path(settings.out, "actions.json"), steps=None)
+    replay = replace(settings, mode="replay", actions=f"{settings.out}/actions.json", steps=None)
     generate(replace(replay, out=str(tmp_path / "same")))  # of the clip that it was made from
     with pytest.raises(DataError, match="start from"):
         generate(replace(replay, clip_index=1))
@@ -89,18 +91,49 @@ def test_a_record_is_for_its_own_model_and_start(settings: GenerateSettings, tmp
         generate(replace(replay, data=None))
 
 
+def test_a_replay_that_differs_fails_and_signs_nothing(settings: GenerateSettings, tmp_path: Path) -> None:
+    _, record = made(settings)
+    record["films"][0]["frames_sha256"] = "0" * 64
+    kept = Path(settings.out, "actions.json")
+    kept.write_text(json.dumps(record))
+    again = tmp_path / "again"
+    with pytest.raises(DataError, match="1 of 1 films are not those"):
+        generate(GenerateSettings(settings.model, mode="replay", actions=str(kept), out=str(again)))
+    assert json.loads((again / "actions.json").read_text()) == record
+    assert (again / "video.mp4").exists()
+
+
+def test_what_lies_in_a_bucket_is_read_from_it(
+    settings: GenerateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(video_frames(1)[0]).save(tmp_path / "picture.png")
+    asked: list[str] = []
+
+    def bucket(address: str) -> Location:  # the local folder stands for it
+        asked.append(address)
+        return resolve(address.replace("s3://bucket", str(tmp_path)))
+
+    for module in ("clips", "generate"):
+        monkeypatch.setattr(importlib.import_module(f"services.steering.{module}"), "resolve", bucket)
+    made(replace(settings, data=None, mode="free", samples=1, clip="s3://bucket/picture.png"))
+    record = "s3://bucket/out/actions.json"
+    generate(GenerateSettings(settings.model, mode="replay", actions=record, out=str(tmp_path / "again")))
+    wanted = ["s3://bucket/picture.png", record, "s3://bucket/out/frames.npz"]
+    assert [one for one in asked if one.startswith("s3:")] == wanted
+
+
 def test_files_of_any_size_are_scenes(settings: GenerateSettings, tmp_path: Path) -> None:
     frames = video_frames(8)
     encode_video(tmp_path / "wide.mp4", frames[:, 20:100])
     Image.fromarray(frames[0]).save(tmp_path / "picture.png")
     nothing_stored = replace(settings, data=None)
-    arrays, _ = made(replace(nothing_stored, clip=tmp_path / "wide.mp4"))
+    arrays, _ = made(replace(nothing_stored, clip=str(tmp_path / "wide.mp4")))
     assert arrays["truth"].shape == (1 + STEPS, 48, 48, 3)
-    arrays, record = made(replace(nothing_stored, mode="free", clip=tmp_path / "picture.png", samples=3))
+    arrays, record = made(replace(nothing_stored, mode="free", clip=str(tmp_path / "picture.png"), samples=3))
     assert "truth" not in arrays
     assert len({film["frames_sha256"] for film in record["films"]}) == 3
     with pytest.raises(DataError, match="1 frames, and 1 given"):
-        generate(replace(nothing_stored, clip=tmp_path / "picture.png"))
+        generate(replace(nothing_stored, clip=str(tmp_path / "picture.png")))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +154,7 @@ def test_what_cannot_be_is_one_clear_error(
 ) -> None:
     if change.get("clip") == "FILM":
         encode_video(tmp_path / "film.mp4", video_frames(8))
-        change = change | {"clip": tmp_path / "film.mp4"}
+        change = change | {"clip": str(tmp_path / "film.mp4")}
     with pytest.raises(error, match=why):
         generate(replace(settings, **change))
     assert not Path(settings.out).exists()
@@ -137,7 +170,9 @@ def test_what_cannot_be_is_one_clear_error(
         ({"mode": "edit", "slot": 1, "code": 1, "toward": "up"}, "--code and --toward"),
         ({"steps": 0}, "steps = 0"),
         ({"steps": 10_000}, "steps = 10000"),
-        ({"samples": 0}, "samples = 0"),
+        ({"samples": 0, "mode": "free"}, "samples = 0"),
+        ({"mode": "edit", "slot": 1, "samples": 2}, "no use for --samples"),
+        ({"mode": "replay", "actions": "actions.json", "steps": 3}, "no use for --steps"),
         ({"show_fps": 0.0}, "show_fps = 0.0"),
     ],
 )
