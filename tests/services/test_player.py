@@ -16,8 +16,9 @@ import requests
 import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import response_schema_conformance
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 import flam_core
 from flam_core.steering import generate
@@ -186,6 +187,52 @@ def test_a_moved_alias_is_followed_and_running_scenes_keep_their_model(player: P
         time.sleep(0.3)
 
 
+PICTURES = st.integers(2, 6).flatmap(
+    lambda count: st.integers(0, 99).map(lambda seed: frames_to_text(clip(count, seed)))
+)
+"""Clips of the size that the model takes."""
+WIDTH = st.floats(-3, 3, width=32)
+PUTS = st.one_of(
+    st.integers(0, 6).map(lambda code: {"kind": "code", "code": code}),
+    st.sampled_from(["up", "right", "down", "left", "still"]).map(lambda way: {"kind": "arrow", "arrow": way}),
+    st.integers(0, 2**53 - 1).map(lambda seed: {"kind": "prior", "seed": seed}),
+    st.lists(st.lists(WIDTH, min_size=4, max_size=4), min_size=1, max_size=6).map(
+        lambda actions: {"kind": "actions", "actions": actions}
+    ),
+)
+TRANSITION = st.lists(st.lists(WIDTH, min_size=4, max_size=4), min_size=SLOTS, max_size=SLOTS)
+FITTING = {
+    "/api/infer": st.fixed_dictionaries({"frames": PICTURES}),
+    "/api/rollout": st.fixed_dictionaries(
+        {"frames": PICTURES, "actions": st.lists(TRANSITION, min_size=4, max_size=9)},
+        optional={"feedback": st.sampled_from(["frames", "slots"])},
+    ),
+    "/api/edit": st.fixed_dictionaries({"frames": PICTURES, "slot": st.integers(0, SLOTS), "put": PUTS}),
+}
+"""Bodies with real pictures, of which many can be done: from the schema alone come none."""
+
+
+@pytest.mark.parametrize("path", FITTING)
+def test_what_fits_the_model_is_done_and_answered_as_described(player: Played, path: str) -> None:
+    schema = schemathesis.openapi.from_dict(fine(player.ask("GET", "openapi.json")))
+    operation = schema[path]["POST"]
+    statuses: set[int] = set()
+
+    @settings(
+        max_examples=FUZZ, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
+    )
+    @given(body=FITTING[path])
+    def fits(body: dict[str, Any]) -> None:
+        case = operation.Case(body=body, media_type="application/json")
+        answer = case.call(base_url=player.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120)
+        statuses.add(answer.status_code)
+        assert answer.status_code in (200, 422), answer.text
+        case.validate_response(answer, checks=[response_schema_conformance, status_code_conformance])
+
+    fits()
+    assert 200 in statuses
+
+
 def test_no_request_brings_it_down(player: Played) -> None:
     schema = schemathesis.openapi.from_dict(fine(player.ask("GET", "openapi.json")))
     scene = begin(player)
@@ -207,7 +254,7 @@ def test_no_request_brings_it_down(player: Played) -> None:
             assert answer.status_code < 500 or answer.status_code == 503, answer.text
             if answer.status_code >= 400:
                 assert set(answer.json()) == {"error", "fix"}
-            case.validate_response(answer, checks=[response_schema_conformance])
+            case.validate_response(answer, checks=[response_schema_conformance, status_code_conformance])
             if case.operation.label == "POST /api/sessions" and answer.status_code == 201:
                 end(player, answer.json())
 

@@ -29,6 +29,7 @@ from flam_core.policy.decoder import LEAST_LABELS
 from flam_core.recipes import get_recipe
 from flam_core.worlds import PLAYABLE, make_playable, make_world
 from flam_core.worlds.goal import GoalWorld, is_held_out
+from flam_core.worlds.procgen import ProcgenWorld
 
 CPU = torch.device("cpu")
 SMALL = GoalWorld(others=0, cells=4, walls=2, frame_size=16)
@@ -180,6 +181,29 @@ def test_procgen_experts_earn_what_chance_does_not_and_games_repeat(name: str, l
     (episode,) = world.episodes(1, 60, 0)
     assert episode.rewards is not None
     assert np.isfinite(episode.actions[:, 0]).all()
+
+
+@pytest.mark.parametrize("name", ["bigfish", "starpilot"])
+def test_procgen_games_are_on_other_levels_than_the_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("procgen")
+    opened: list[int | None] = []
+    own = ProcgenWorld._open
+
+    def open_level(self: ProcgenWorld, seed: int, level: int | None = None) -> Any:
+        opened.append(level)
+        return own(self, seed, level)
+
+    monkeypatch.setattr(ProcgenWorld, "_open", open_level)
+    world = make_playable(name, policy="expert", backgrounds=False)
+    assert len(list(world.episodes(20, 2, 0))) == 20
+    shown = set(opened)
+    opened.clear()
+    play_games(world, random_player(world.choices, 0), games=20, steps=2, seed=0)
+    played = set(opened)
+    assert len(shown) > 10
+    assert len(played) > 10
+    assert None not in shown | played
+    assert not shown & played
 
 
 # --- demonstrations --------------------------------------------------------------------------------------------------
