@@ -25,7 +25,17 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python jobs/policy.py` puts only jobs/ on the path
 
 from services.console import run_program, table
-from services.policy import PolicySettings, policy_cells, rows_of, run_policies, show_plan, summary, write_results
+from services.policy import (
+    PolicySettings,
+    evidence,
+    policy_cells,
+    rows_of,
+    run_policies,
+    show_plan,
+    summary,
+    with_model,
+    write_results,
+)
 from services.study.table import describe_hardware
 
 
@@ -40,7 +50,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Run, and write the table anew after each policy, so that a stopped run shows what it has."""
-    settings = arguments.settings
+    settings = with_model(arguments.settings)
     if arguments.plan:
         show_plan(settings)
         return
@@ -55,6 +65,7 @@ def main(arguments: Arguments) -> None:
             "command": shlex.join(["python", "jobs/policy.py", *sys.argv[1:]]),
             "hardware": describe_hardware(settings.tasks, settings.threads, settings.gpus),
             "cells": f"{len(done)} of {len(cells)}",
+            **evidence(settings, (cell for cell, _ in done)),
             "hours_of_cells": round(sum(one["seconds"] for _, one in done) / 3600, 2),
         }
         written = write_results(Path(settings.out), rows_of(done), about)

@@ -51,6 +51,8 @@ class PolicySettings:
     """Of everything but the data: FLAM, which labels are known, decoder, policy, games."""
     model: str | None = None
     """Infer latent actions with this model (a folder, a run, models:/NAME@ALIAS), instead of training one a seed."""
+    tracking: str | None = None
+    """MLflow's address, for models:/...; default MLFLOW_TRACKING_URI, else an SQLite file beside the outputs."""
     recipe: str = "tiny"
     """Of the FLAM that is trained; factors and frame size follow the world."""
     factors: int | None = None
@@ -199,6 +201,13 @@ def flam_config(settings: PolicySettings, env: str, seed: int) -> Config:
         flam_stage=replace(recipe.flam_stage, steps=second),
         seed=seed,
     )
+
+
+def flam_place(settings: PolicySettings, env: str, seed: int) -> Path:
+    """The folder of the FLAM that is trained for an environment and a seed."""
+    made = canonical_json([given_values(flam_config(settings, env, seed)), data_name(settings, env)])
+    digest = hashlib.sha256(made.encode()).hexdigest()
+    return Path(settings.folder).absolute() / "models" / f"{env}-seed{seed}-{digest[:8]}"
 
 
 def _model_digest(settings: PolicySettings) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,6 @@ import ray
 import torch
 
 import flam_core
-from flam_core.config_json import canonical_json, given_values
 from flam_core.data.ingest import ingest_world
 from flam_core.errors import DataError
 from flam_core.evaluation.held_out import held_out_clips
@@ -29,7 +28,8 @@ from flam_core.policy import (
     top_actions,
 )
 from flam_core.saved_model import WEIGHTS, save_model
-from services.policy.plan import CLONED, Cell, PolicySettings, data_name, flam_config, world_of
+from services.policy.evidence import TRAINED, model_used
+from services.policy.plan import CLONED, Cell, PolicySettings, data_name, flam_config, flam_place, world_of
 from services.storage import resolve
 from services.study.tasks import Results, as_they_finish, ray_for, refuse_broken, source_of, train_here
 
@@ -81,6 +81,7 @@ def _run(
         given = str(Path(given).absolute())  # tasks may be started in another folder
     data: dict[str, Any] = {}
     seen: dict[str, Any] = {}
+    models: dict[tuple[str, int], Any] = {}
     latents: dict[tuple[str, int], Any] = {}
     running: dict[Any, Cell] = {}
     for cell in waiting:
@@ -89,11 +90,11 @@ def _run(
             data[env] = make.remote(settings, folder, env)
             seen[env] = read.remote(settings, env, data[env])
         if cell.method == "flam" and key not in latents:
-            model = given or train.remote(settings, folder, env, cell.seed, data[env])
+            model = models[key] = given or train.remote(settings, env, cell.seed, data[env])
             latents[key] = infer.remote(settings, model, seen[env])
         known = seen[env] if cell.method in CLONED else None
-        inferred = latents[key] if cell.method == "flam" else None
-        running[measure.remote(settings, folder, cell, known, inferred)] = cell
+        inferred, model = (latents[key], models[key]) if cell.method == "flam" else (None, None)
+        running[measure.remote(settings, folder, cell, known, inferred, model)] = cell
     for cell, result, left in as_they_finish(running):
         say(f"{cell.name}: {_said(result)}; {left}")
         results.show(cell.name, result)
@@ -128,16 +129,16 @@ def read_data(settings: PolicySettings, env: str, data: str) -> tuple[Demonstrat
     return read("train"), read("test")
 
 
-def train_flam(settings: PolicySettings, folder: Path, env: str, seed: int, data: str) -> str:
+def train_flam(settings: PolicySettings, env: str, seed: int, data: str) -> str:
     """Both stages on an expert data set, of which it sees the frames alone; the model's folder. A Ray task."""
-    config = flam_config(settings, env, seed)
-    digest = hashlib.sha256(canonical_json([given_values(config), Path(data).name]).encode()).hexdigest()
-    place = folder / "models" / f"{env}-seed{seed}-{digest[:8]}"
+    config, place = flam_config(settings, env, seed), flam_place(settings, env, seed)
     if not (place / WEIGHTS).exists():
+        begun = time.monotonic()
         steps = config.tokenizer_stage.steps + config.flam_stage.steps
         trainer = train_here(config, data, until=steps, name=place.name, threads=settings.threads, gpus=settings.gpus)
         part = place.with_name(f".{place.name}")
         save_model(trainer.model.cpu(), part, f"# {place.name}\n\nFLAM of the policy protocol.\n")
+        (part / TRAINED).write_text(json.dumps({"seconds": time.monotonic() - begun}) + "\n")
         part.replace(place)
     return str(place)
 
@@ -154,14 +155,16 @@ def measure_cell(
     cell: Cell,
     data: tuple[Demonstrations, Demonstrations] | None,
     latents: np.ndarray | None,
+    model: str | None,
 ) -> dict[str, Any]:
-    """Label, clone and play; the result, which is kept in the folder. A Ray task."""
+    """Label, clone and play; the result, which is kept in the folder. A Ray task. model: that gave the latents."""
     begun = time.monotonic()
     torch.set_num_threads(settings.threads)
     world = world_of(settings, cell.env)
     result: dict[str, Any] = {
         **{"env": cell.env, "method": cell.method, "labels": cell.labels, "seed": cell.seed},
         **dict.fromkeys(("label_accuracy", "policy_accuracy", "slot", "slot_accuracy", "transitions")),
+        "model": None if model is None else model_used(model),
     }
     if data is None:
         player = expert_player if cell.method == "expert" else random_player(world.choices, cell.seed)

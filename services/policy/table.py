@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 
 def write_results(folder: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> list[Path]:
-    """`policy.json`, `.md` and `.png` in `folder`; their paths. `about`: command, hardware, time and so on."""
+    """`policy.json`, `.md` and `.png` in `folder`; their paths. `about`: command, hardware, data, time and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{NAME}.{kind}" for kind in ("json", "md", "png")]
     written[0].write_text(json.dumps({**about, "rows": rows}, indent=1, sort_keys=True) + "\n")
@@ -76,7 +76,7 @@ def _markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         "Mean ± standard error over seeds, on levels that the data do not show; docs/policy.md says what is what.",
         "",
-        *(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items()),
+        *(f"- {key.replace('_', ' ')}: {value}" for key, value in _flat(about).items()),
         "",
         "| env | labels | method | seeds | return | over bc | true pseudo-labels | policy does as the expert |",
         "|---|---|---|---|---|---|---|---|",
@@ -90,7 +90,18 @@ def _markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(estimate: dict[str, Any] | None, *, share: bool = False) -> str:
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested values, each by its whole path; what is not known is left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{above}{key}": _shown(value)} if "mean" in value else _flat(value, f"{above}{key}, ")
+        elif value is not None:
+            found[f"{above}{key}"] = f"{value:.1f}" if isinstance(value, float) else value
+    return found
+
+
+def _shown(estimate: Mapping[str, Any] | None, *, share: bool = False) -> str:
     if estimate is None:
         return "-"
     kind = ".1%" if share else ".2f"

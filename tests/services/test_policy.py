@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from flam_core.errors import SettingsError
-from services.policy import PolicySettings, policy_cells
+from flam_core.saved_model import save_model
+from services.policy import PolicySettings, evidence, policy_cells, with_model
 from tests.services.conftest import environment, run_job, said
+from tests.steering_fixture import steered
 
 pytestmark = pytest.mark.timeout(600)
 SIZES = ("--recipe", "smoke", "--tokenizer_steps", "8", "--steps", "8", "--episodes", "40", "--frames", "32")
@@ -37,7 +42,17 @@ def test_the_protocol_runs_goes_on_and_writes_its_table(tmp_path: Path) -> None:
     assert models == {place: place.stat().st_mtime_ns for place in folder.glob("models/*/model.safetensors")}
     assert len(list((folder / "data").iterdir())) == 1
 
-    rows = json.loads((tmp_path / "docs/results/policy.json").read_text())["rows"]
+    written = json.loads((tmp_path / "docs/results/policy.json").read_text())
+    rows = written["rows"]
+    place = next((folder / "data").iterdir())
+    data = written["expert_data"]["grid"]
+    assert data["manifest_sha256"] == hashlib.sha256((place / "manifest.json").read_bytes()).hexdigest()
+    assert data["episodes"] == 40
+    assert data["return"]["mean"] > 1
+    assert set(written["flam_seconds"]["grid"]) == {"0", "1"}
+    assert min(written["flam_seconds"]["grid"].values()) > 0
+    assert written["git_commit"]
+    assert written["model"] is None
     assert [(row["method"], row["labels"]) for row in rows] == [
         *(("flam", 100), ("flam", 300), ("bc", 100), ("bc", 300)),
         *(("bc-all", None), ("expert", None), ("random", None)),
@@ -65,8 +80,31 @@ def test_the_protocol_runs_goes_on_and_writes_its_table(tmp_path: Path) -> None:
     assert len(list(folder.glob("models/*"))) == 2  # none was trained
     (row,) = json.loads((tmp_path / "given/policy.json").read_text())["rows"]
     (cell,) = [c for c in cells if (c["method"], c["labels"], c["seed"]) == ("flam", 100, int(model.name[9]))][:1]
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    used = json.loads((tmp_path / "given/policy.json").read_text())["model"]
+    assert used == {"address": str(model), "version": None, "weights_sha256": weights}
     if cell["seed"] == 0:  # the same weights, labels and seed
         assert row["return"]["mean"] == pytest.approx(cell["return"])
+
+
+def test_an_alias_is_asked_for_once(tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(tracking := f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client.create_registered_model("flam-grid")
+    for version in ("1", "2"):
+        save_model(steered(blocks=int(version)), tmp_path / version, "card")
+        client.create_model_version("flam-grid", (tmp_path / version).as_uri())
+    client.set_registered_model_alias("flam-grid", "champion", "1")
+    given = PolicySettings(
+        model="models:/flam-grid@champion", tracking=tracking, folder=str(tmp_path / "out"), labels=(100,)
+    )
+    settings = with_model(given)
+    client.set_registered_model_alias("flam-grid", "champion", "2")
+    assert settings.model is not None
+    meant = hashlib.sha256((tmp_path / "1" / "model.safetensors").read_bytes()).hexdigest()
+    found = evidence(settings, policy_cells(replace(settings, methods=("flam",), seeds=1)))["model"]
+    assert found == {"address": given.model, "version": "1", "weights_sha256": meant}
+    assert with_model(settings) == settings
+    assert evidence(with_model(given), ())["model"]["version"] == "2"
 
 
 @pytest.mark.parametrize(
