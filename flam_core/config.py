@@ -304,11 +304,8 @@ class LossConfig:
         if not 0 <= start <= end <= 1:
             raise SettingsError(f"loss.beta_warmup = {self.beta_warmup}", fix="Give 0 <= start <= end <= 1.")
         if self.final_beta is not None:
-            if not end <= self.beta_cooldown[0] <= self.beta_cooldown[1] <= 1:
-                raise SettingsError(
-                    f"loss.beta_cooldown = {self.beta_cooldown}",
-                    fix=f"Give start <= end <= 1, from the end of beta_warmup ({end:g}) on.",
-                )
+            if not 0 <= self.beta_cooldown[0] <= self.beta_cooldown[1] <= 1:
+                raise SettingsError(f"loss.beta_cooldown = {self.beta_cooldown}", fix="Give 0 <= start <= end <= 1.")
             if not 0 <= self.final_beta <= self.beta:
                 raise SettingsError(f"loss.final_beta = {self.final_beta}", fix=f"Give 0 to loss.beta ({self.beta:g}).")
         if not 0 <= self.codebook_warmup < 1:

@@ -72,7 +72,9 @@ def player(settings: PlayerSettings, binding: Binding) -> Iterator[Place]:
         http: dict[str, Any] = {"host": binding.host, "port": binding.port}
         serve.start(http_options=http, proxy_location="HeadOnly", logging_config=_LOGGING)
         # On a cluster Serve may have run before, and then listens where it did.
-        check_serve(_get_global_client().http_config, serve.status().applications, binding)
+        client = _get_global_client()
+        assert client is not None  # it has started
+        check_serve(client.http_config, serve.status().applications, binding)
         deployed = True
         serve.run(_app(settings, access, tracking), name=_NAME, route_prefix="/", blocking=False)
         failed = serve.get_app_handle(_NAME).ready.remote().result(timeout_s=_START_SECONDS)

@@ -171,7 +171,7 @@ def test_factors_that_do_not_divide_the_latent_width_are_refused_with_some_that_
         (lambda: stage(warmup=-1), "warmup"),
         (lambda: LossConfig(beta_warmup=(0.9, 0.5)), "beta_warmup"),
         (lambda: LossConfig(beta_warmup=(0.0, 1.5)), "beta_warmup"),
-        (lambda: LossConfig(beta_warmup=(0.5, 0.9), final_beta=0.0), "beta_cooldown"),
+        (lambda: LossConfig(final_beta=0.0, beta_cooldown=(0.5, 1.5)), "beta_cooldown"),
         (lambda: LossConfig(final_beta=0.0, beta_cooldown=(0.9, 0.8)), "beta_cooldown"),
         (lambda: LossConfig(beta=1e-3, final_beta=1e-2), "final_beta"),
         (lambda: LossConfig(bridge=-1.0), "negative"),
