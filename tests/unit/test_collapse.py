@@ -14,7 +14,7 @@ import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flam_core.config import Config
+from flam_core.config import Config, LossConfig
 from flam_core.learning.collapse import CollapseWatch, Finding, FindingName
 from flam_core.learning.losses import beta_at
 from flam_core.recipes import multigrid, smoke, tiny
@@ -66,7 +66,7 @@ def config(steps: int = 1500, warmup: tuple[float, float] = (0.6, 1.0), **model:
         start,
         model=replace(start.model, **model),
         flam_stage=replace(start.flam_stage, steps=steps),
-        loss=replace(start.loss, beta_warmup=warmup, bridge=0.0, slot_prediction=0.0),
+        loss=LossConfig(beta=2e-4, beta_warmup=warmup),
     )
 
 
