@@ -14,8 +14,7 @@ def tiny() -> Config:
     """The main job in miniature: three agents on a 6x6 grid, 48 px.
 
     Command: `make train`. Hardware: 2 CPU cores, below 6 GiB. docs/devlog.md has score and time for three seeds, before
-    `tokenizer.chessboard` and `model.log_variance_gain` were on, and why the settings that depart from the paper are
-    as they are.
+    `tokenizer.chessboard` was on, and why the settings that depart from the paper are as they are.
     """
     return Config(
         recipe="tiny",
@@ -42,22 +41,13 @@ def tiny() -> Config:
             aggregator_sharpness=3.0,
             temporal_window=5,
             latent_width=80,
-            log_variance_gain=20.0,
             codebook_decay=0.99,
             codebook_revival=0.1,
             codebook_centring=True,
         ),
         tokenizer_stage=StageConfig(steps=600, batch_clips=16, clip_frames=4, learning_rate=4e-3, warmup=50),
         flam_stage=StageConfig(steps=2400, batch_clips=16, clip_frames=5, learning_rate=1e-3, clip_norm=0.5),
-        loss=LossConfig(
-            beta=3e-2,
-            beta_warmup=(0.35, 0.45),
-            final_beta=2e-4,
-            beta_cooldown=(0.6, 0.7),
-            codebook_warmup=0.4,
-            bridge=1.0,
-            slot_prediction=0.1,
-        ),
+        loss=LossConfig(beta=2e-4, beta_warmup=(0.5, 0.9), codebook_warmup=0.4, bridge=1.0, slot_prediction=0.1),
         slot_hold=0.3,
         evaluation=EvaluationConfig(rollout="frames"),
     )
