@@ -5,7 +5,8 @@ python jobs/doctor.py --address 10.0.0.1:6379 --data s3://bucket/grid --storage 
     --tracking https://mlflow --workers 8 --gpu     a cluster, as that run would use it
 python jobs/doctor.py --security                    also: who is let in without a key
 
-It writes and deletes an object in the storage and a run in MLflow, from here and from each node. --json prints the same for programs.
+It writes and deletes an object in the storage and a run in MLflow, from here and from each node. --json prints the same
+for programs.
 """
 
 from __future__ import annotations
