@@ -1,8 +1,8 @@
 """A cluster on this machine: Ray head with a token, MLflow server with a password, S3 server. For `make cluster`.
 
 python jobs/cluster.py up            starts what is not there and prints addresses and the line that submits a job
-python jobs/cluster.py up --metrics  with Prometheus and a Pushgateway (make cluster METRICS=1); needs Debian's packages of
-                                     these names. No Grafana: Debian has none. Its panels are in
+python jobs/cluster.py up --metrics  with Prometheus and a Pushgateway (make cluster METRICS=1); needs Debian's packages
+                                     of these names. No Grafana: Debian has none. Its panels are in
                                      infra/monitoring/grafana, for a Grafana of your own or the one on Kubernetes
 python jobs/cluster.py status        what runs; exit code 3 if something has ended
 python jobs/cluster.py down          stops what it started, by pid, and nothing else
