@@ -279,8 +279,8 @@ class LossConfig:
     beta_warmup: tuple[float, float] = (0.0, 0.0)
     """Shares of the steps at which beta starts to rise from zero and at which it is reached."""
     final_beta: float | None = None
-    """What beta comes down to at the end; None: it stays. While it is high, latent actions are told apart in few ways,
-    the same everywhere; when it is low again, what they say comes through without noise (docs/devlog.md)."""
+    """What beta comes down to at the end; None: it stays. High, it leaves latent actions few ways to differ, the same
+    everywhere; low again, it lets them through without noise."""
     beta_cooldown: tuple[float, float] = (0.6, 0.8)
     """Shares of the steps at which beta starts to come down and at which `final_beta` is reached."""
     codebook_warmup: float = 0.0
@@ -310,10 +310,8 @@ class LossConfig:
                 raise SettingsError(f"loss.final_beta = {self.final_beta}", fix=f"Give 0 to loss.beta ({self.beta:g}).")
         if not 0 <= self.codebook_warmup < 1:
             raise SettingsError(f"loss.codebook_warmup = {self.codebook_warmup}", fix="It is a share: 0 to below 1.")
-        if (
-            min(self.beta, self.free_bits, self.bridge, self.slot_prediction, self.rollout_steps, self.rollout_weight)
-            < 0
-        ):
+        weights = self.beta, self.free_bits, self.bridge, self.slot_prediction, self.rollout_steps, self.rollout_weight
+        if min(weights) < 0:
             raise SettingsError("loss weights must not be negative", fix="Check loss.*.")
 
     def with_beta(self, beta: float) -> LossConfig:
