@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -35,7 +36,7 @@ _WAIT_FOR_MORE = 0.004
 """Seconds that a request to the API waits for others to go with."""
 
 
-class _Process:
+class _Process(ABC):
     """What processes with a model share. One that cannot start says why to whoever asks, and is started again when it
     has said so for a while."""
 
@@ -54,8 +55,9 @@ class _Process:
             self._failed = pack(EnvironmentFault(f"{type(error).__name__} while the model was read", fix=fix))
         self._begun = time.monotonic()
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Read the models. Raises FlamError if there is none to serve."""
 
     async def ready(self) -> str | None:
         """None, or why it is of no use, as `flam_core.errors.pack` gives it."""
