@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,10 @@ def train(rank: int, world: int, place: str, chosen: Config, kind: str = "ddp") 
         assert state is not None
         torch.save((vars(state), losses), Path(place) / "done.pt")
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
+        # Not by the interpreter's end: there, one process in twenty is aborted by a thread that torch did not wait for.
+        os._exit(0)
 
 
 def trained(world: int, chosen: Config, kind: str = "ddp") -> tuple[TrainState, list[dict[str, Tensor]]]:
