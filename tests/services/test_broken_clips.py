@@ -52,6 +52,7 @@ def test_more_than_the_share_stops_with_the_list(cluster: Cluster, spoilt: tuple
     assert "--verify" in line
 
 
+@pytest.mark.slow
 def test_what_verify_names_is_left_out_from_the_start(
     cluster: Cluster, spoilt: tuple[Path, str], tmp_path: Path
 ) -> None:

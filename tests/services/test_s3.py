@@ -106,12 +106,14 @@ def resumed(
     return InBucket(Trained(second, "bucket", run_id_of(done.stdout), tuple(arguments), done), committed)
 
 
+@pytest.mark.slow
 def test_run_is_resumed_from_the_bucket(resumed: InBucket, bucket: Bucket) -> None:
     text = resumed.trained.done.stdout
     assert re.findall(r"resumed at step (\d+) of", text) == [str(max(resumed.committed_at_kill))]
     assert bucket.committed(resumed.trained.run_id) == [RESUME_STEPS - 50, RESUME_STEPS]
 
 
+@pytest.mark.slow
 def test_bucket_holds_checkpoints_report_and_model(resumed: InBucket, bucket: Bucket) -> None:
     keys = bucket.keys(f"runs/{resumed.trained.run_id}/")
     for step in (RESUME_STEPS - 50, RESUME_STEPS):
@@ -123,6 +125,7 @@ def test_bucket_holds_checkpoints_report_and_model(resumed: InBucket, bucket: Bu
     assert not old
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_unbroken_local_run(resumed: InBucket, bucket: Bucket, unbroken_run: Trained) -> None:
     assert resumed.trained.run_id == unbroken_run.run_id
     content = bucket.read(f"runs/{resumed.trained.run_id}/model/model.safetensors")
@@ -130,6 +133,7 @@ def test_weights_are_those_of_the_unbroken_local_run(resumed: InBucket, bucket: 
     assert hashlib.sha256(content).hexdigest() == unbroken_run.weights == resumed.trained.weights
 
 
+@pytest.mark.slow
 def test_mlflow_names_the_bucket(resumed: InBucket, bucket: Bucket, cluster: Cluster) -> None:
     run = cluster.tracking.run(resumed.trained.run_id, "bucket")
     assert run.info.status == "FINISHED"

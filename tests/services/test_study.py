@@ -15,6 +15,7 @@ SIZES = ("--recipe", "smoke", "--agents", "2", "3", "--seeds", "1", "--steps", "
 STUDY = ["study", "factoring", *SIZES, "--episodes", "40", "--models"]
 
 
+@pytest.mark.slow
 def test_a_study_does_each_training_once_and_writes_its_table(tmp_path: Path) -> None:
     env = environment()
     first = run_job([*STUDY, "flam"], env, tmp_path)

@@ -20,6 +20,7 @@ def true_actions(cluster: Cluster, grid_data: Path, tmp_path_factory: pytest.Tem
     return train(cluster, tmp_path_factory.mktemp("true"), grid_data, "true-actions", *more)
 
 
+@pytest.mark.slow
 def test_a_model_of_true_actions_is_trained_on_what_the_data_hold(true_actions: Trained, cluster: Cluster) -> None:
     config = json.loads((true_actions.outputs / "config.json").read_text())["config"]
     assert config["variant"] == "true-actions"
@@ -30,6 +31,7 @@ def test_a_model_of_true_actions_is_trained_on_what_the_data_hold(true_actions: 
     assert cluster.tracking.run(true_actions.run_id, true_actions.experiment).data.tags["variant"] == "true-actions"
 
 
+@pytest.mark.slow
 def test_held_out_clips_are_measured_while_training_each_at_its_cadence(
     true_actions: Trained, cluster: Cluster
 ) -> None:
@@ -40,6 +42,7 @@ def test_held_out_clips_are_measured_while_training_each_at_its_cadence(
     assert "held-out rollout/psnr@1" in true_actions.done.stdout
 
 
+@pytest.mark.slow
 def test_a_rival_takes_over_the_tokenizer_of_another_run(
     smoke_run: Trained, cluster: Cluster, grid_data: Path, tmp_path: Path
 ) -> None:
