@@ -32,7 +32,7 @@ test: $(READY)
 	$(RUN) -m pytest -m 'not slow' -n 2 tests/unit tests/docs tests/security tests/infra
 	$(RUN) -m pytest -m 'not slow and not rgw' --durations 15 tests/services
 
-# make test-slow   learning, promotion, clusters and servers that ask for a token or password: some minutes each
+# make test-slow   learning, promotion, runs in a bucket, rivals, clusters and servers that ask for a token or password: some minutes each
 SLOW ?= slow
 test-slow: $(READY)
 	$(RUN) -m pytest -m '$(SLOW)' --durations 25
