@@ -50,7 +50,7 @@ test-s3: $(READY)
 # make test-page   the player and its page in Chromium (installs a Debian package; needs root)
 test-page: $(READY)
 	infra/chromium/install.sh
-	$(RUN) -m pytest -m slow tests/services/test_page.py tests/services/test_player.py
+	$(RUN) -m pytest -m slow tests/services/test_page.py tests/services/test_player.py tests/services/test_player_defaults.py
 
 # make docs   the documentation as pages, in build/site; reading it needs no network
 docs: $(READY)

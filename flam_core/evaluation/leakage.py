@@ -30,10 +30,9 @@ def _run(context: Context) -> Findings:
     if trials.outside_mask is None:
         notes.append("No leakage outside masks: the model has no slots.")
     else:
-        draws = _share(bootstrap, trials.outside_mask, trials.change)
-        if np.isfinite(draws[0]):
-            estimates["leakage/in_mask"] = bootstrap.estimate(draws)
-        else:
+        found = _of_slots(bootstrap, trials.outside_mask, trials.change)
+        estimates |= found
+        if not found:
             notes.append("No leakage outside masks: replacing latent actions changes nothing.")
     return Findings(estimates, notes=tuple(notes))
 
@@ -51,6 +50,14 @@ def _of_entities(trials: Interventions, bootstrap: Bootstrap, entities: dict[int
         if np.isfinite(own[0]):
             estimates[f"leakage@{entity}"] = bootstrap.estimate(own)
     return estimates
+
+
+def _of_slots(bootstrap: Bootstrap, outside: np.ndarray, change: np.ndarray) -> dict[str, Estimate]:
+    """`leakage/in_mask`, pooled over slots, and that of each slot whose latent action changes anything; outside,
+    change: [R, M], as in `Interventions`. Nothing if no latent action does."""
+    draws = {"leakage/in_mask": _share(bootstrap, outside, change)}
+    draws |= {f"leakage/{m}/in_mask": _share(bootstrap, outside[:, m], change[:, m]) for m in range(change.shape[1])}
+    return {key: bootstrap.estimate(one) for key, one in draws.items() if np.isfinite(one[0])}
 
 
 def _share(bootstrap: Bootstrap, outside: np.ndarray, change: np.ndarray) -> np.ndarray:

@@ -226,7 +226,13 @@ def _section(
 ) -> str:
     entity = discovered.entity[slot]
     whose = "" if entity is None else f", entity {entity}"
-    body = start
+    leaks = [
+        f"{metrics[key]:.1%} beyond {what}"
+        for key, what in ((f"leakage@{entity}", "its entity"), (f"leakage/{slot}/in_mask", "what its mask claims"))
+        if key in metrics
+    ]
+    leakage = f"Leakage, of what its latent action changes: {', '.join(leaks)}."
+    body = f'<p class="soft">{leakage}</p>{start}' if leaks else start
     if ways:
         body += f'<h3>Sent one way</h3><div class="codes">{"".join(ways)}</div>'
     body += f'<h3>Its codes</h3><div class="codes">{"".join(codes)}</div>'
@@ -251,7 +257,8 @@ def _table(discovered: DiscoveredActions, metrics: Mapping[str, float], colours:
         "Cost of replacing": ("slots/{k}/effect_db", "{:.2f} dB".format),
         "Moving patches": ("slots/{k}/moving_share", "{:.0%}".format),
         "Bits": ("actions/{k}/bits", "{:.2f}".format),
-        "Leakage": ("leakage@{e}", "{:.2f}".format),
+        "Leakage, by entity": ("leakage@{e}", "{:.1%}".format),
+        "Leakage, by mask": ("leakage/{k}/in_mask", "{:.1%}".format),
     }
     rows = []
     for k in range(discovered.slots):
@@ -275,11 +282,14 @@ def _numbers(metrics: Mapping[str, float]) -> str:
     lines = []
     if "leakage" in metrics:
         lines.append(
-            f"Of what a latent action changes in the picture, {metrics['leakage']:.0%} lies beyond its entity "
-            "(leakage; 0 is best, and the table has each entity's)."
+            f"Leakage: of what a latent action changes in the picture, {metrics['leakage']:.1%} lies beyond its "
+            "entity, over all slots that have one."
         )
     if "leakage/in_mask" in metrics:
-        lines.append(f"{metrics['leakage/in_mask']:.0%} lies beyond the patches that its slot claims.")
+        lines.append(
+            f"Leakage by masks: {metrics['leakage/in_mask']:.1%} of the change lies beyond the patches that its slot "
+            "claims. The table has both of each slot; 0 is best, and a slot whose action changes nothing has none."
+        )
     if "actions/usage" in metrics:
         lines.append(f"{metrics['actions/usage']:.0%} of the codes, or latent dimensions, are in use.")
     lines += [

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from flam_core.errors import DataError
 from flam_core.steering.discovered import DiscoveredActions
-from flam_core.steering.generate import Film, frames_digest
+from flam_core.steering.generate import MOST_STEPS, Film, frames_digest
 from flam_core.steering.scene import Feedback
 
 RECORD_FILE = "actions.json"
@@ -28,7 +28,7 @@ class FilmRecord:
     label: str
     known: list[list[list[float]]]
     """[t - 1][K][A], between the given frames."""
-    actions: list[list[list[float]]]
+    actions: Annotated[list[list[list[float]]], Field(min_length=1, max_length=MOST_STEPS)]
     """[S][K][A], one a step."""
     codes: list[list[int | None]] | None
     """[S][K]: the discovered code that each is nearest to; None where no codes are known, or for a code of a codebook
@@ -65,7 +65,7 @@ class Record:
     """The edited one."""
     source: dict[str, str]
     """Where the clips came from, for people."""
-    start_frames: int
+    start_frames: Annotated[int, Field(ge=1)]
     start_sha256: str
     """Of the given frames."""
     films: list[FilmRecord]

@@ -77,6 +77,7 @@ class _Process(ABC):
             raise unusable(self._failed)
 
     def open_model(self, address: str) -> ServedModel:
+        """The model that an address means, followed from now on where that may change. Raises as `ServedModel`."""
         import torch
 
         from services.player.models import ServedModel

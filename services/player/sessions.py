@@ -98,7 +98,7 @@ class Session:
         return len(self.sides[0].taken)
 
     def step(self, body: StepBody) -> None:
-        """One step of every side.
+        """One step of every side, or of none.
 
         Raises SettingsError for a slot, a code or a direction that there is not, DataError after the last step that
         the server keeps.
@@ -111,15 +111,20 @@ class Session:
             tuple(side.scene.snapshot() for side in self.sides),
             tuple(side.generator.get_state() for side in self.sides),
         )
+        steps = self.steps
         # Each side in a thread of its own: they have nothing in common that changes.
         first, *others = range(len(self.sides))
         waiting = [_BESIDE.submit(self._advance, number, body, slots) for number in others]
         try:
-            self._advance(first, body, slots)
-        finally:
-            wait(waiting)
-        for one in waiting:
-            one.result()
+            try:
+                self._advance(first, body, slots)
+            finally:
+                wait(waiting)
+            for one in waiting:
+                one.result()
+        except Exception:
+            self._go_back(before, steps)  # a side that went on alone would never be in step again
+            raise
         self._past.append(before)
 
     def _advance(self, number: int, body: StepBody, slots: list[int] | None) -> None:
@@ -137,12 +142,14 @@ class Session:
         """Take the last step back. Raises DataError if it cannot be."""
         if not self._past:
             raise DataError("there is no step to take back", fix="The scene is at its start, or too much was undone.")
-        before = self._past.pop()
+        self._go_back(self._past.pop(), self.steps - 1)
+
+    def _go_back(self, before: _Before, steps: int) -> None:
+        """All sides as they were after so many steps."""
         for side, state, generator in zip(self.sides, before.states, before.generators, strict=True):
             side.scene.restore(state)
             side.generator.set_state(generator)
-            side.film.pop()
-            side.taken.pop()
+            del side.film[1 + steps :], side.taken[steps:]
 
     def _others(self, side: Side, body: StepBody) -> Tensor:
         """Latent actions [K, A] of a step that nobody steers."""
@@ -208,10 +215,7 @@ class Session:
             "newest": now.versions[0],
             "newest_challenger": now.versions[1] if len(now.versions) > 1 else None,
             "trouble": now.trouble,
-            "sides": [
-                SideView(frame=text(s.film[-1]), masks=_masks(s.scene), slot=s.slot, arrives=s.arrives)
-                for s in self.sides
-            ],
+            "sides": [side.view() for side in self.sides],
         }
 
 

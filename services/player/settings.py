@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,8 +44,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise SettingsError(f"limits.{name} = {value}", fix="It must be above 0.")
+            if not 0 < value < math.inf:
+                raise SettingsError(f"limits.{name} = {value}", fix="It must be a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class PlayerSettings:
         for name in ("scenes", "threads", "replicas"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)}", fix="It must be 1 or more.")
+        if not 0 <= self.seed < 2**53:  # as the page and `wire.Seed` take it
+            raise SettingsError(f"seed = {self.seed}", fix="Choose 0 to 9007199254740991.")
         if self.clip_frames < 2:
             raise SettingsError(f"clip_frames = {self.clip_frames}", fix="A clip to start from has 2 frames or more.")
         if not self.poll_seconds > 0 or self.gpus < 0:

@@ -137,7 +137,7 @@ class PutActions(Body):
     """Latent actions as given."""
 
     kind: Literal["actions"]
-    actions: Transition = Field(description="[T - 1, A]")
+    actions: Annotated[list[list[Number]], Field(max_length=4096)] = Field(description="[T - 1, A]")
 
 
 Put = PutCode | PutArrow | PutPrior | PutActions

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,11 +197,14 @@ def _codes(discovered: DiscoveredActions | None, model: Flam, clips: Clips) -> D
 
 
 def _stored_frames(path: str) -> Tensor:
-    """The given frames, and the true ones after them where they are known: uint8 [t, H, W, 3]."""
+    """The given frames, and the true ones after them where they are known: uint8 [t, H, W, 3].
+
+    Raises DataError for a file that holds none.
+    """
     try:
         with np.load(io.BytesIO(read_bytes(resolve(path))), allow_pickle=False) as stored:
             return torch.from_numpy(stored["truth"] if "truth" in stored else stored["start"])
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} does not hold the given frames: {error}", fix="Give the clip with --clip.") from error
 
 

@@ -63,7 +63,8 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         if self.steps is not None:
             check_steps(self.steps)
-        for name, least, most in (("context", 1, 64), ("samples", 1, 16), ("clip_index", 0, 1_000_000)):
+        bounds = (("context", 1, 64), ("samples", 1, 16), ("clip_index", 0, 1_000_000), ("seed", 0, 2**53 - 1))
+        for name, least, most in bounds:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise SettingsError(f"{name} = {value}", fix=f"Choose {least} to {most}.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from services.storage import resolve
 SIZE, SLOTS = 24, 3
 TOKEN = "a-token-for-the-tests"
 NAME = "flam-played"
+STEPS = 30
+"""Of a scene, at most."""
 TOKENIZER = TokenizerConfig(frame_size=SIZE, unshuffle=4, channels=(16,), feature_dim=8)
 MODEL = ModelConfig(factors=SLOTS, width=24, heads=4, blocks=1, latent_width=SLOTS * 4, temporal_window=4)
 MOTION = {"still": (0.0, 0.0), "up": (0.0, -0.1), "right": (0.1, 0.0), "down": (0.0, 0.1), "left": (-0.1, 0.0)}
@@ -88,12 +91,9 @@ class Played:
 @contextmanager
 def played(place: Path) -> Iterator[Played]:
     """All of it, started once for all tests."""
-    from tests.services.conftest import REPOSITORY, environment, free_ports, kill_group  # which imports this module
+    from tests.services.conftest import free_ports  # which imports this module
 
-    data = place / "grid"
-    location = resolve(str(data))
-    world = make_world("grid", frame_size=SIZE, agents=2, cells=4)
-    ingest_world(world, location.fs, location.path, episodes=30, frames=16)
+    data = small_grid(place / "grid")
     first, second, third = (save_small_model(place / name, seed) for seed, name in enumerate(("one", "two", "three")))
     tracking = f"sqlite:///{place / 'mlflow.db'}"
     for folder in (first, second):
@@ -101,27 +101,49 @@ def played(place: Path) -> Iterator[Played]:
     (port,) = free_ports(1)
     made = Played(f"http://127.0.0.1:{port}/", tracking, data, (first, second, third))
     made.champion("1")
-    command = [sys.executable, str(REPOSITORY / "jobs/play.py"), f"models:/{NAME}@champion", "--challenger", str(third)]
     options = {"--data": data, "--tracking": tracking, "--port": port, "--poll_seconds": 1, "--limits.sessions": 4}
     options |= {"--limits.clip_frames": 16, "--limits.body_mb": 1, "--limits.queue": 6, "--scenes": 3}
+    options |= {"--challenger": third, "--limits.steps": STEPS}
+    with started(place, f"models:/{NAME}@champion", options, FLAM_PLAYER_TOKEN=TOKEN) as link:
+        assert link == f"{made.url}?token={TOKEN}"
+        yield made
+
+
+@contextmanager
+def started(place: Path, model: Path | str, options: Mapping[str, object], **variables: str) -> Iterator[str]:
+    """`jobs/play.py`, started in a folder, until the end of the block. Gives the address that it prints when it is up.
+
+    variables: of its environment.
+    """
+    from tests.services.conftest import REPOSITORY, environment, kill_group  # which imports this module
+
+    command = [sys.executable, str(REPOSITORY / "jobs/play.py"), str(model)]
     command += [str(word) for option in options.items() for word in option]
     log = place / "log"
-    env = environment(FLAM_PLAYER_TOKEN=TOKEN, OMP_NUM_THREADS="1")
+    env = environment(OMP_NUM_THREADS="1", **variables)
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=place, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
-        _wait(process, log)
-        yield made
+        yield _link(process, log)
     finally:
         kill_group(process)
 
 
-def _wait(process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> None:
+def small_grid(folder: Path) -> Path:
+    """A data set of the models' size."""
+    location = resolve(str(folder))
+    world = make_world("grid", frame_size=SIZE, agents=2, cells=4)
+    ingest_world(world, location.fs, location.path, episodes=30, frames=16)
+    return folder
+
+
+def _link(process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> str:
     deadline = time.monotonic() + seconds
-    while f"?token={TOKEN}" not in log.read_text():
+    while not (found := re.search(r"^open (\S+)  \(Ctrl-C ends it\)$", log.read_text(), re.MULTILINE)):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the player did not start:\n{log.read_text()[-3000:]}")
         time.sleep(0.3)
+    return found[1]
 
 
 def _register(tracking: str, folder: Path, artifacts: Path) -> None:

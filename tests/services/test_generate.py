@@ -86,9 +86,11 @@ def test_a_record_is_for_its_own_model_and_start(settings: GenerateSettings, tmp
     save_model(steered(blocks=1), tmp_path / "other", "card")
     with pytest.raises(DataError, match="another model"):
         generate(replace(replay, model=str(tmp_path / "other")))
-    Path(settings.out, "frames.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"frames\.npz does not hold"):
-        generate(replace(replay, data=None))
+    whole = Path(settings.out, "frames.npz").read_bytes()
+    for damaged in (b"nothing", whole[: len(whole) // 2]):
+        Path(settings.out, "frames.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"frames\.npz does not hold"):
+            generate(replace(replay, data=None))
 
 
 def test_a_replay_that_differs_fails_and_signs_nothing(settings: GenerateSettings, tmp_path: Path) -> None:
@@ -97,8 +99,10 @@ def test_a_replay_that_differs_fails_and_signs_nothing(settings: GenerateSetting
     kept = Path(settings.out, "actions.json")
     kept.write_text(json.dumps(record))
     again = tmp_path / "again"
-    with pytest.raises(DataError, match="1 of 1 films are not those"):
-        generate(GenerateSettings(settings.model, mode="replay", actions=str(kept), out=str(again)))
+    words = ["generate", settings.model, "--mode", "replay", "--actions", str(kept), "--out", str(again)]
+    done = run_job(words, environment(), tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stderr
+    assert "1 of 1 films are not those" in done.stderr
     assert json.loads((again / "actions.json").read_text()) == record
     assert (again / "video.mp4").exists()
 
@@ -174,6 +178,8 @@ def test_what_cannot_be_is_one_clear_error(
         ({"mode": "edit", "slot": 1, "samples": 2}, "no use for --samples"),
         ({"mode": "replay", "actions": "actions.json", "steps": 3}, "no use for --steps"),
         ({"show_fps": 0.0}, "show_fps = 0.0"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**64}, "seed = "),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_read(arguments: dict, why: str) -> None:

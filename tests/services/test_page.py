@@ -23,7 +23,7 @@ from flam_core.evaluation.held_out import held_out_clips
 from flam_core.steering.directions import directed
 from flam_core.steering.scene import Scene
 from services.storage import resolve
-from tests.services.player_fixture import SIZE, SLOTS, TOKEN, Played, some_actions
+from tests.services.player_fixture import NAME, SIZE, SLOTS, STEPS, TOKEN, Played, some_actions
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 pytestmark = [
@@ -36,8 +36,10 @@ _PIXELS = """(number) => {
   return Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data);
 }"""
 
-_OPACITY = """(grid) => {
-  const canvas = document.querySelector('.overlay'), pen = canvas.getContext('2d'), size = canvas.width / grid;
+ALERT = "document.getElementById('status').classList.contains('alert')"
+_OPACITY = """([grid, number]) => {
+  const canvas = document.querySelectorAll('.overlay')[number];
+  const pen = canvas.getContext('2d'), size = canvas.width / grid;
   const middles = Array.from({ length: grid }, (_, i) => Math.floor((i + 0.5) * size));
   return middles.flatMap((y) => middles.map((x) => pen.getImageData(x, y, 1, 1).data[3]));
 }"""
@@ -60,7 +62,7 @@ def page(browser: Browser, player: Played) -> Iterator[Page]:
     problems: list[str] = []
     opened.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
     opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("request", lambda asked: problems.append(asked.url) if not asked.url.startswith(player.url) else None)
+    opened.on("request", lambda asked: None if of(player, asked.url) else problems.append(asked.url))
     opened.goto(f"{player.url}?token={TOKEN}")
     at_step(opened, 0)
     assert TOKEN not in opened.url
@@ -70,6 +72,11 @@ def page(browser: Browser, player: Played) -> Iterator[Page]:
     context.close()
     expected = getattr(opened, "expected_problems", [])
     assert [one for one in problems if not any(part in one for part in expected)] == []
+
+
+def of(player: Played, url: str) -> bool:
+    """Whether it is the server's, or a file that the page has made of its answers."""
+    return url.removeprefix("blob:").startswith(player.url)
 
 
 def at_step(page: Page, step: int) -> None:
@@ -89,9 +96,9 @@ def pixels(page: Page, side: int = 0) -> np.ndarray:
     return np.array(page.evaluate(_PIXELS, side), dtype=np.uint8).reshape(SIZE, SIZE, 4)[..., :3]
 
 
-def overlay(page: Page, grid: int) -> np.ndarray:
-    """How opaque what lies over the first picture is in the middle of each patch: float [P], 0 to 1."""
-    return np.array(page.evaluate(_OPACITY, grid)) / 255
+def overlay(page: Page, grid: int, side: int = 0) -> np.ndarray:
+    """How opaque what lies over a picture is in the middle of each patch: float [P], 0 to 1."""
+    return np.array(page.evaluate(_OPACITY, [grid, side])) / 255
 
 
 def taken(page: Page) -> str | None:
@@ -108,11 +115,15 @@ def first_clip(player: Played) -> torch.Tensor:
     return torch.from_numpy(clip.frames.copy())
 
 
+def start(player: Played, number: int) -> tuple[Scene, torch.Tensor]:
+    """The first scene by one of the models, and what its slots do in the clip: float32 [T - 1, K, A]."""
+    model, clip = flam_core.load(player.models[number]), first_clip(player)
+    return Scene(model, clip[:1]), model.infer_actions(model.slots(model.encode(clip[None]))[0])[0]
+
+
 def test_each_picture_is_the_models_for_the_same_actions(page: Page, player: Played) -> None:
     clip, actions = first_clip(player), some_actions(0)
-    model = flam_core.load(player.models[0])
-    video = model.infer_actions(model.slots(model.encode(clip[None]))[0])[0]
-    scene = Scene(model, clip[:1])
+    scene, video = start(player, 0)
     assert np.array_equal(pixels(page), clip[0].numpy())
     assert np.array_equal(pixels(page, 1), clip[0].numpy())  # the challenger starts from the same
 
@@ -143,11 +154,39 @@ def test_each_picture_is_the_models_for_the_same_actions(page: Page, player: Pla
         else:
             chosen[slot] = directed(scene, slot, meant, actions.examples[slot], chosen).action
         assert np.array_equal(pixels(page), scene.step(chosen).numpy()), key
+
+
+def test_both_models_play_side_by_side(page: Page, player: Played) -> None:
+    scene, video = start(player, 2)
+    first, second = (page.locator(".side").nth(side) for side in range(2))
+    left, right = first.bounding_box(), second.bounding_box()
+    assert left is not None
+    assert right is not None
+    assert right["x"] >= left["x"] + left["width"]
+    assert (right["y"], right["width"], right["height"]) == (left["y"], left["width"], left["height"])
+    assert first.locator("figcaption").inner_text() == f"{NAME}@champion, version 1"
+    assert second.locator("figcaption").inner_text() == f"challenger: {player.models[2]}"
+    assert page.get_by_role("img", name="as the challenger draws it").count() == 1
+
+    masks = scene.masks
+    assert masks is not None
+    grid = round(masks.shape[1] ** 0.5)
+    page.hover("#slots button >> nth=1")
+    assert overlay(page, grid).any()
+    assert overlay(page, grid, 1).any()  # of the slot that is in the same place
+    page.click("#slots button >> nth=1")
+    page.keyboard.press("3")
+    at_step(page, 1)
+    session = page.evaluate("sessionStorage.getItem('flam-session')")
+    slot = player.ask("GET", f"api/sessions/{session}").json()["sides"][1]["slot"]
+    chosen = video[0].clone()
+    chosen[slot] = some_actions(2).vectors[slot][2]  # its own code of the same motion
+    assert np.array_equal(pixels(page, 1), scene.step(chosen).numpy())
     assert not np.array_equal(pixels(page, 1), pixels(page))  # another model, another picture
 
 
 def test_keys_alone_are_enough(page: Page) -> None:
-    start = pixels(page)
+    before = pixels(page)
     for _ in range(30):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.dataset.slot") == "1":
@@ -159,20 +198,26 @@ def test_keys_alone_are_enough(page: Page) -> None:
     page.keyboard.press("ArrowRight")
     at_step(page, 1)
     first = pixels(page)
-    assert not np.array_equal(first, start)
+    assert not np.array_equal(first, before)
     page.keyboard.press("ArrowDown")
     at_step(page, 2)
-    page.keyboard.press("Backspace")
-    at_step(page, 1)
-    assert np.array_equal(pixels(page), first)
+    second = pixels(page)
+    for key in ("Backspace", "u", "Control+z"):
+        page.keyboard.press(key)
+        at_step(page, 1)
+        assert np.array_equal(pixels(page), first), key
+        page.keyboard.press("ArrowDown")
+        at_step(page, 2)
+        assert np.array_equal(pixels(page), second), key
     page.keyboard.press("o")
     assert page.locator("#others [aria-pressed=true]").get_attribute("data-others") == "prior"
     page.keyboard.press("r")
     at_step(page, 0)
-    assert np.array_equal(pixels(page), start)
+    assert np.array_equal(pixels(page), before)
+    assert page.evaluate("document.activeElement.dataset.slot") == "1"  # the focus is where it was
     page.keyboard.press("n")
     until(page, "document.getElementById('clip').value === '2'")
-    assert not np.array_equal(pixels(page), start)
+    assert not np.array_equal(pixels(page), before)
     page.keyboard.press("Escape")
     assert taken(page) is None
     page.keyboard.press("ArrowUp")
@@ -194,6 +239,7 @@ def test_it_runs_records_and_comes_back(page: Page, player: Played) -> None:
     with Image.open(io.BytesIO(saved.value.path().read_bytes())) as image:
         assert image.format == "GIF"
         assert getattr(image, "n_frames", 1) == step + 1
+        assert image.size == (2 * 288 + 12, 288)  # both models
     with page.expect_download() as saved:
         page.click("#actions")
     assert len(json.loads(saved.value.path().read_text())["films"][0]["actions"]) == step
@@ -203,18 +249,49 @@ def test_it_runs_records_and_comes_back(page: Page, player: Played) -> None:
     assert np.array_equal(pixels(page), before)
 
 
-def test_a_scene_that_has_ended_is_begun_anew(page: Page, player: Played) -> None:
+@pytest.mark.parametrize("keys", [".", "gg"])
+def test_a_scene_that_has_ended_is_begun_anew(page: Page, player: Played, keys: str) -> None:
     page.expected_problems = ["404"]  # type: ignore[attr-defined] - the browser logs each
     session = page.evaluate("sessionStorage.getItem('flam-session')")
     assert player.ask("DELETE", f"api/sessions/{session}").status_code == 204
-    page.keyboard.press(".")
+    for key in keys:
+        page.keyboard.press(key)
     page.wait_for_selector("#gone[open]")
     assert "left alone" in page.locator("#gone-why").inner_text()
     page.keyboard.press("Enter")
     until(page, f"!['{session}', null].includes(sessionStorage.getItem('flam-session'))")
     at_step(page, 0)
+    assert page.locator("#record").get_attribute("aria-pressed") == "false"
     page.keyboard.press(".")
     at_step(page, 1)
+
+
+def test_what_the_server_refuses_is_said(page: Page) -> None:
+    page.expected_problems = ["422"]  # type: ignore[attr-defined] - the browser logs each
+    page.keyboard.press("p")
+    until(page, ALERT, seconds=240)
+    assert (
+        page.locator("#status").inner_text() == f"the scene has taken its {STEPS} steps. Take some back, or reset it."
+    )
+    until(page, "document.getElementById('run').ariaPressed === 'false'")
+    page.keyboard.press("Backspace")
+    at_step(page, STEPS - 1)
+    assert not page.evaluate(ALERT)
+    page.keyboard.press(".")
+    at_step(page, STEPS)
+
+
+def test_a_server_that_does_not_answer_is_said(page: Page) -> None:
+    page.expected_problems = ["ERR_INTERNET_DISCONNECTED"]  # type: ignore[attr-defined] - as above
+    page.context.set_offline(True)
+    page.keyboard.press(".")
+    until(page, ALERT)
+    assert page.locator("#status").inner_text() == "The server does not answer. Is it still running?"
+    assert page.evaluate("document.body.dataset.step") == "0"
+    page.context.set_offline(False)
+    page.keyboard.press(".")
+    at_step(page, 1)
+    assert not page.evaluate(ALERT)
 
 
 @pytest.mark.parametrize("button", ["#retry", "#start button"])

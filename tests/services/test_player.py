@@ -117,6 +117,11 @@ def test_requests_that_come_at_once_go_together_or_are_told_to_come_again(player
         ("rollout", {"frames": frames_to_text(clip(3)), "actions": [[[0.0] * 4] * SLOTS] * 2}, 422, "0 steps"),
         ("edit", {"frames": frames_to_text(clip()), "slot": 3, "put": {"kind": "prior"}}, 422, "no slot 3"),
         ("edit", {"frames": frames_to_text(clip()), "slot": 0, "put": {"kind": "code", "code": 9}}, 422, "no code 9"),
+        (
+            "edit",
+            {"frames": frames_to_text(clip()), "slot": 0, "put": {"kind": "actions", "actions": [[0.0] * 4] * 3}},
+            *(422, "the clip needs [4, 4]"),
+        ),
         ("infer", {"frames": ["A" * 1_100_000] * 2}, 413, "more than 1 MB"),
         ("sessions/none/step", {}, 404, "no such scene"),
     ],
@@ -149,6 +154,36 @@ def test_a_played_scene_is_what_generate_makes_of_its_actions(player: Played, tm
     gone = player.ask("GET", path)
     assert gone.status_code == 404
     assert gone.json()["fix"] == "Begin another."
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "what"),
+    [
+        ("POST", "step", {"slot": SLOTS, "code": 0}, "no slot 3"),
+        ("POST", "step", {"slot": 0, "code": 9}, "no code 9"),
+        ("POST", "step", {"code": 1}, "no slot to take it"),
+        ("POST", "step", {"slot": 0, "code": 1, "arrow": "up"}, "both a code and an arrow"),
+        ("POST", "step", {"slot": 0, "arrow": "north"}, "body.arrow"),
+        ("POST", "step", {"slot": -1}, "body.slot"),
+        ("POST", "step", {"slot": "0"}, "body.slot"),
+        ("POST", "step", {"more": 1}, "body.more"),
+        ("POST", "undo", None, "no step to take back"),
+        ("POST", "reset", {"seed": -1}, "body.seed"),
+        ("GET", "film.gif?since=9", None, "begins at 9"),
+        ("GET", "actions.json", None, "no step was taken"),
+        ("GET", "actions.json?side=2", None, "query.side"),
+    ],
+)
+def test_what_a_scene_cannot_do_leaves_it_as_it_was(
+    player: Played, method: str, path: str, body: dict | None, what: str
+) -> None:
+    scene = begin(player)
+    refused = player.ask(method, f"api/sessions/{scene['session']}/{path}", json=body)
+    assert refused.status_code == 422, refused.text
+    assert set(refused.json()) == {"error", "fix"}
+    assert what in refused.json()["error"]
+    assert fine(player.ask("GET", f"api/sessions/{scene['session']}")) == scene
+    end(player, scene)
 
 
 def test_there_is_room_for_so_many_scenes(player: Played) -> None:

@@ -6,15 +6,15 @@ import asyncio
 import base64
 import io
 import json
+import math
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flam_core.errors import DataError, FlamError, SettingsError
+from flam_core.errors import DataError, SettingsError
 from flam_core.steering import generate
 from flam_core.steering.directions import directed
 from flam_core.steering.record import read_record
@@ -25,7 +25,7 @@ from services.player.guard import Access, Guard
 from services.player.inference import check_roll, edit, infer, roll
 from services.player.models import Served, StartClip
 from services.player.sessions import Session, Sessions, Side
-from services.player.settings import Limits
+from services.player.settings import Binding, Limits, PlayerSettings
 from services.player.token import allowed, choose_token, digest, is_loopback
 from services.player.wire import OpenBody, PutArrow, PutCode, StepBody, frames_from_text, frames_to_text
 from services.player.work import ToEdit, ToRoll
@@ -133,6 +133,24 @@ def test_a_step_that_cannot_be_leaves_the_scene_alone(body: StepBody, said: str)
         one.step(body)
     assert one.steps == 0
     assert len(one.sides[0].film) == 1
+
+
+def test_where_one_model_fails_neither_takes_the_step() -> None:
+    one = session(served(), served(1))
+    one.step(StepBody())
+    before = [pictures(one, side) for side in range(2)]
+    kept = one.sides[1].video
+    one.sides[1].video = torch.full_like(kept, torch.nan)
+    with pytest.raises(DataError, match="not finite"):
+        one.step(StepBody())
+    assert [len(side.taken) for side in one.sides] == [1, 1]
+    assert all(np.array_equal(pictures(one, side), before[side]) for side in range(2))
+    one.sides[1].video = kept
+    one.step(StepBody())
+    other = session(served(), served(1))
+    for _ in range(2):
+        other.step(StepBody())
+    assert all(np.array_equal(pictures(one, side), pictures(other, side)) for side in range(2))
 
 
 def test_a_record_is_replayed_by_generate() -> None:
@@ -301,9 +319,15 @@ def test_the_guard_refuses_before_it_reads() -> None:
     assert ask(host="evil.example")[0] == 403
 
 
-def test_settings_that_cannot_be_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FlamError, match=r"limits\.queue"):
-        Limits(queue=0)
+def test_settings_that_cannot_be_are_named() -> None:
+    for value in (0, -1, math.nan, math.inf):
+        with pytest.raises(SettingsError, match=r"limits\.idle_seconds"):
+            Limits(idle_seconds=value)
+    for change in ({"seed": -1}, {"seed": 2**53}, {"clip_frames": 1}, {"replicas": 0}, {"poll_seconds": math.nan}):
+        with pytest.raises(SettingsError, match=next(iter(change))):
+            PlayerSettings(model="model", **change)
+    with pytest.raises(SettingsError, match="--no_token and --token"):
+        Binding(no_token=True, token="t" * 16)
 
 
 def test_two_models_step_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:

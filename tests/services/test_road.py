@@ -80,7 +80,7 @@ def general(key: str) -> str:
     """A key as docs/metrics.md writes it; of every key there may be one with its standard error."""
     at = "@<entity>" if key.startswith(("probe/", "action_probe/", "leakage")) else "@k"
     key = re.sub(r"_se(?=@|$)", "", key)
-    return re.sub(r"^(slots|actions)/\d+/", r"\1/<i>/", re.sub(r"@\d+$", at, key))
+    return re.sub(r"^(slots|actions|leakage)/\d+/", r"\1/<i>/", re.sub(r"@\d+$", at, key))
 
 
 def test_console_shows_the_result(smoke_run: Trained, measured: dict[str, float]) -> None:

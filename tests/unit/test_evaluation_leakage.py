@@ -38,7 +38,8 @@ def test_an_action_that_moves_its_own_entity_alone_does_not_leak(
 ) -> None:
     found = leakage(stub(Puppets), replace(CONFIG, replacement=replacement))
     assert found.notes == ()
-    assert set(found.estimates) == {"leakage", "leakage@0", "leakage@1", "leakage/in_mask"}
+    of_slots = {"leakage/in_mask", "leakage/0/in_mask", "leakage/1/in_mask"}
+    assert set(found.estimates) == {"leakage", "leakage@0", "leakage@1", *of_slots}
     assert set(found.metrics.values()) == {0.0}
     assert found.estimates["leakage"].n == 15
 
@@ -48,13 +49,15 @@ def test_an_action_that_moves_another_entity_leaks_altogether() -> None:
     assert found.metrics["leakage"] == pytest.approx(1.0)
     assert found.metrics["leakage@0"] == pytest.approx(1.0)
     assert "leakage@1" not in found.metrics  # that one's moves the third, which is not on the stage
-    assert found.metrics["leakage/in_mask"] == pytest.approx(1.0)
+    assert found.metrics["leakage/in_mask"] == found.metrics["leakage/0/in_mask"] == pytest.approx(1.0)
+    assert "leakage/1/in_mask" not in found.metrics  # as above
 
 
 def test_an_action_that_moves_both_entities_leaks_by_half() -> None:
     found = leakage(stub(Puppets, leak="led", factors=3))
     assert found.metrics["leakage"] == found.metrics["leakage@0"] == pytest.approx(0.5)
-    assert found.metrics["leakage/in_mask"] == pytest.approx(0.5)
+    assert found.metrics["leakage/in_mask"] == found.metrics["leakage/0/in_mask"] == pytest.approx(0.5)
+    assert not {"leakage/1/in_mask", "leakage/2/in_mask"} & set(found.metrics)  # nothing follows their actions
     assert found.metrics["leakage_se"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -63,7 +66,7 @@ def test_a_model_without_slots_is_measured_by_its_action_probe() -> None:
     assert entity_of(context) == {0: 0, 1: 1}
     found = LEAKAGE.run(context)
     assert found.metrics["leakage"] == 0.0
-    assert "leakage/in_mask" not in found.metrics
+    assert not [key for key in found.metrics if "in_mask" in key]
     assert found.notes == ("No leakage outside masks: the model has no slots.",)
     swapped = LEAKAGE.run(stage(stub(PatchPuppets, leak="swap")))
     assert swapped.metrics["leakage"] == pytest.approx(1.0)

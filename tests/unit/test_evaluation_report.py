@@ -35,7 +35,7 @@ def documented_keys() -> set[str]:
 def general(key: str) -> str:
     """A key as the documentation writes it."""
     at = "@<entity>" if key.startswith(("probe/", "action_probe/", "leakage")) else "@k"
-    return re.sub(r"^(slots|actions)/\d+/", r"\1/<i>/", re.sub(r"@\d+$", at, key))
+    return re.sub(r"^(slots|actions|leakage)/\d+/", r"\1/<i>/", re.sub(r"@\d+$", at, key))
 
 
 def test_every_key_is_documented_and_every_documented_key_exists(evaluation: Evaluation, tmp_path: Path) -> None:

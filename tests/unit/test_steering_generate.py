@@ -99,7 +99,10 @@ def test_what_is_no_record_is_refused() -> None:
         ({"version": 7}, "version 7"),
         ({"seed": "x"}, "seed"),
         ({"more": 1}, "more"),
+        ({"start_frames": 0}, "start_frames"),
         ({"films": [good["films"][0] | {"actions": [[["NaN"]]]}]}, "films"),
+        ({"films": [good["films"][0] | {"actions": []}]}, r"films\.0\.actions"),
+        ({"films": [good["films"][0] | {"actions": [[[1.0]]] * (generate.MOST_STEPS + 1)}]}, r"films\.0\.actions"),
     ):
         with pytest.raises(DataError, match=why):
             read_record(json.dumps(good | change).encode(), "actions.json")

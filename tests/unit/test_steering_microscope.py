@@ -23,6 +23,9 @@ METRICS = {
     **{f"slots/{k}/effect_db": 1.5 for k in range(3)},
     "leakage": 0.25,
     "leakage@0": 0.125,
+    "leakage/in_mask": 0.5,
+    "leakage/0/in_mask": 0.625,
+    "leakage/1/in_mask": 0.375,
 }
 
 
@@ -48,8 +51,22 @@ def test_every_code_has_its_film_and_nothing_is_fetched(options: dict[str, objec
             with Image.open(io.BytesIO(base64.b64decode(rule[1]))) as sprite:
                 assert sprite.size == (48 * (STEPS + 1), 48 * 3)
     assert page.count("<details>") == 1  # the slot that is not in use
-    assert "25% lies beyond its entity" in page
-    assert "0.12" in page
+
+
+def test_leakage_is_told_of_each_slot_by_its_entity_and_by_its_mask() -> None:
+    page = page_of(steered())
+    assert "25.0% lies beyond its entity" in page
+    assert "50.0% of the change lies beyond the patches that its slot claims" in page
+    heads = re.findall(r"<th>(.*?)</th>", page)
+    rows = {k: re.findall(r"<td>(.*?)</td>", row) for k, row in enumerate(re.findall(r"<tr>(<td>.*?)</tr>", page))}
+    columns = [heads.index(name) for name in ("Leakage, by entity", "Leakage, by mask")]
+    shown = {k: [row[column] for column in columns] for k, row in rows.items()}
+    # Slot 1 is that of entity 0, and slot 2 changes nothing.
+    assert shown == {0: ["-", "62.5%"], 1: ["12.5%", "37.5%"], 2: ["-", "-"]}
+    sections = dict(re.findall(r'<section id="slot-(\d)">(.*?)</section>', page, re.DOTALL))
+    assert "changes: 62.5% beyond what its mask claims." in sections["0"]
+    assert "changes: 12.5% beyond its entity, 37.5% beyond what its mask claims." in sections["1"]
+    assert "Leakage" not in sections["2"]
 
 
 def test_pictures_are_shrunk_until_the_page_is_light(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ export class Refused extends Error {
 
 const TRIES_WHILE_BUSY = 4;
 
-async function ask(method, path, body) {
+// as: how the answer is read, "json" or "blob".
+async function ask(method, path, body, as = "json") {
   const options = { method, headers: {} };
   if (body !== undefined) {
     options.headers["content-type"] = "application/json";
@@ -23,7 +24,7 @@ async function ask(method, path, body) {
     } catch {
       throw new Refused(0, "The server does not answer", "Is it still running?");
     }
-    if (answer.ok) return answer.status === 204 ? null : answer.json();
+    if (answer.ok) return answer[as]();
     if (answer.status === 503 && tries < TRIES_WHILE_BUSY) {
       const seconds = Number(answer.headers.get("retry-after")) || 1;
       await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
@@ -39,5 +40,5 @@ export const show = (session) => ask("GET", `sessions/${session}`);
 export const step = (session, body) => ask("POST", `sessions/${session}/step`, body);
 export const undo = (session) => ask("POST", `sessions/${session}/undo`);
 export const reset = (session, start) => ask("POST", `sessions/${session}/reset`, start);
-export const filmPath = (session, since) => `api/sessions/${session}/film.gif?since=${since}`;
-export const actionsPath = (session) => `api/sessions/${session}/actions.json`;
+export const film = (session, since) => ask("GET", `sessions/${session}/film.gif?since=${since}`, undefined, "blob");
+export const actions = (session) => ask("GET", `sessions/${session}/actions.json`, undefined, "blob");

@@ -1,6 +1,7 @@
 // The page's state, and what keys and buttons do to it.
 
 import * as api from "./api.js";
+import { codeButtons } from "./codes.js";
 import { Screen, colourOf } from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
@@ -8,8 +9,6 @@ const ARROWS = { ArrowUp: "up", ArrowRight: "right", ArrowDown: "down", ArrowLef
 const SIGNS = { up: "↑", right: "→", down: "↓", left: "←", still: "." };
 const OTHERS = ["video", "prior", "still"];
 const KEPT = "flam-session";
-const PLACES = 9;
-const LEAST_MOTION = 0.03; // of the frame's side: what moves less is drawn short, however fast it is among its like
 const RUN_MILLISECONDS = 1000 / 12;
 
 const state = {
@@ -36,6 +35,7 @@ async function ask(work) {
   }
   asking = true;
   document.body.ariaBusy = "true";
+  if ($("status").classList.contains("alert")) say(""); // what went wrong before is over, or is said again
   try {
     for (let current = work; current; current = next) {
       next = null;
@@ -63,7 +63,6 @@ const opened = async (answer) => {
   setSides(answer.models.length);
   nameModels();
   listSlots();
-  listCodes();
   $("clip").max = answer.clips;
   $("clip").value = answer.clip + 1;
   $("seed").value = answer.seed;
@@ -162,8 +161,7 @@ async function show(answer) {
   $("step").textContent = answer.step;
   $("left").textContent = answer.video_left ? `video for ${answer.video_left} more` : "the video has ended";
   $("undo").disabled = !answer.undo_left;
-  $("actions").setAttribute("aria-disabled", String(answer.step === 0));
-  $("actions").href = answer.step ? api.actionsPath(answer.session) : "#";
+  $("actions").disabled = !answer.step;
   notice(answer);
   point();
   document.body.dataset.step = answer.step;
@@ -201,7 +199,7 @@ function nameModels() {
 }
 
 function listSlots() {
-  $("slots").replaceChildren(...state.models[0].slots.map((slot, k) => {
+  refill($("slots"), state.models[0].slots.map((slot, k) => {
     const button = document.createElement("button");
     button.style.setProperty("--slot", colourOf(k));
     const swatch = document.createElement("i");
@@ -224,60 +222,15 @@ function listCodes() {
   const signs = (slot?.arrows ?? []).map((name) => SIGNS[name]).join(" ");
   const other = slot?.other >= 0.005 ? `, others ${Math.round(100 * slot.other)} %` : "";
   $("codes-of").textContent = slot ? `slot ${state.slot}${signs && `, keys ${signs}`}${other}` : "take a slot first";
-  const fastest = Math.max(LEAST_MOTION, ...(slot?.codes ?? []).map(({ motion }) => Math.hypot(...motion)));
   $("codes").style.setProperty("--slot", state.slot === null ? "" : colourOf(state.slot));
-  $("codes").replaceChildren(...(slot?.codes ?? []).map((one, number) => {
-    const button = document.createElement("button");
-    const key = document.createElement("kbd");
-    key.textContent = number < PLACES ? number + 1 : "";
-    const share = document.createElement("span");
-    share.className = "share";
-    share.textContent = `${Math.round(100 * one.usage)} %`;
-    const bar = document.createElement("span");
-    bar.className = "use";
-    bar.style.setProperty("--share", `${Math.round(100 * one.usage)}%`);
-    const arrow = motionArrow(one.motion, fastest);
-    arrow.style.opacity = 0.3 + 0.7 * one.consistency; // a faint arrow: it depends on where the slot stands
-    button.append(key, arrow, share, bar);
-    button.title = one.consistency < 0.5 ? "What it does depends on where the slot stands" : "";
-    button.dataset.code = number;
-    button.setAttribute("aria-label", `Action ${number + 1}: ${inWords(one.motion, fastest)}, ${share.textContent} of its steps`);
-    button.addEventListener("click", () => code(number));
-    return button;
-  }));
-  // Room for nine, so that nothing moves when another slot is taken.
-  while ($("codes").children.length < PLACES) {
-    const empty = document.createElement("div");
-    empty.className = "empty";
-    $("codes").append(empty);
-  }
+  refill($("codes"), codeButtons(slot?.codes ?? [], code));
 }
 
-// An arrow from the middle, as long as the slot moves in relation to its fastest action; a ring where it stays.
-function motionArrow([x, y], fastest) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "-12 -12 24 24");
-  svg.setAttribute("aria-hidden", "true");
-  const draw = (kind, attributes) => {
-    const part = document.createElementNS(svg.namespaceURI, kind);
-    for (const [name, value] of Object.entries(attributes)) part.setAttribute(name, value);
-    svg.append(part);
-  };
-  const length = 10 * (Math.hypot(x, y) / fastest);
-  if (length < 1.5) {
-    draw("circle", { r: 2.2, fill: "none", "stroke-width": 1.4 });
-    return svg;
-  }
-  const turn = `rotate(${(Math.atan2(y, x) * 180) / Math.PI})`;
-  draw("line", { x1: -length / 2, x2: length / 2 - 1, "stroke-width": 1.8, "stroke-linecap": "round", transform: turn });
-  const tip = length / 2 + 1.5;
-  draw("path", { d: `M${tip} 0 l-4.5 -3 v6 z`, stroke: "none", transform: turn });
-  return svg;
-}
-
-function inWords([x, y], fastest) {
-  if (Math.hypot(x, y) < 0.15 * fastest) return "stays";
-  return Math.abs(x) > Math.abs(y) ? (x > 0 ? "moves right" : "moves left") : y > 0 ? "moves down" : "moves up";
+// Put other buttons into a box. The focus stays in its place, so that who uses the keys need not come back to it.
+function refill(box, buttons) {
+  const at = [...box.children].indexOf(document.activeElement);
+  box.replaceChildren(...buttons);
+  box.children[at]?.focus();
 }
 
 function markCode(action) {
@@ -323,22 +276,18 @@ function point() {
 function slotEverywhere(slot) {
   const [first, ...rest] = screens;
   if (first.masks === null) return screens.map(() => null);
-  const mask = first.masks[slot];
-  const strongest = mask.indexOf(Math.max(...mask));
-  return [slot, ...rest.map((screen) => (screen.grid === first.grid ? screen.slotAt(strongest) : null))];
+  const place = first.placeOf(slot);
+  return [slot, ...rest.map((screen) => screen.slotAt(place))];
 }
 
 function listen(screen) {
   screen.screen.addEventListener("pointermove", (event) => {
-    if (screen.masks === null) return;
-    const patch = screen.patchAt(event);
-    look(screens.map((one) => (one.grid === screen.grid ? one.slotAt(patch) : null)));
+    const place = screen.placeAt(event);
+    look(screens.map((one) => one.slotAt(place)));
   });
   screen.screen.addEventListener("pointerleave", () => look(null));
   screen.screen.addEventListener("click", (event) => {
-    if (screens[0].masks === null) return;
-    const patch = screen.patchAt(event);
-    take(screens[0].slotAt(screens[0].grid === screen.grid ? patch : 0));
+    if (screens[0].masks !== null) take(screens[0].slotAt(screen.placeAt(event)));
   });
 }
 
@@ -350,11 +299,9 @@ function setOthers(others) {
 }
 
 function setRecording(on) {
-  const since = state.recordedFrom;
   state.recordedFrom = on ? state.scene.step : null;
   press($("record"), on);
   $("record").querySelector("span").textContent = on ? "Save GIF" : "Record GIF";
-  return since;
 }
 
 function record() {
@@ -366,13 +313,26 @@ function record() {
   }
   // When the step that is being taken is there.
   ask(async () => {
-    const since = Math.min(setRecording(false), state.scene.step);
-    const link = document.createElement("a");
-    link.href = api.filmPath(state.scene.session, since);
-    link.download = `scene-${state.scene.clip + 1}.gif`;
-    link.click();
+    if (state.recordedFrom === null) return; // another scene has begun meanwhile
+    const since = Math.min(state.recordedFrom, state.scene.step);
+    save(await api.film(state.scene.session, since), `scene-${state.scene.clip + 1}.gif`);
+    setRecording(false); // where the server refuses, what was recorded is not lost
     say(`${state.scene.step - since + 1} frames saved.`);
   });
+}
+
+const saveActions = () => ask(async () => {
+  save(await api.actions(state.scene.session), "actions.json");
+  say("actions.json saved.");
+});
+
+// A file that the server gave, among the browser's downloads. A link to the server would not say why it refuses.
+function save(file, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(file);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser reads it after the click
 }
 
 const again = () => reset(state.scene?.clip ?? 0, state.scene?.seed ?? 0);
@@ -414,7 +374,7 @@ $("undo").addEventListener("click", undo);
 $("reset").addEventListener("click", again);
 $("next").addEventListener("click", nextScene);
 $("record").addEventListener("click", record);
-$("actions").addEventListener("click", (event) => { if (!state.scene?.step) event.preventDefault(); });
+$("actions").addEventListener("click", saveActions);
 $("others").addEventListener("click", (event) => { if (event.target.dataset.others) setOthers(event.target.dataset.others); });
 $("start").addEventListener("submit", (event) => {
   event.preventDefault();

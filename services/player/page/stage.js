@@ -49,16 +49,27 @@ export class Screen {
     this.drawOverlay();
   }
 
-  // The patch below a pointer event.
-  patchAt(event) {
+  // Where a pointer event is, [x, y] in shares of the picture's side: models may differ in their patches.
+  placeAt(event) {
     const box = this.screen.getBoundingClientRect();
-    const cell = (offset, size) => Math.min(this.grid - 1, Math.max(0, Math.floor((offset / size) * this.grid)));
-    return cell(event.clientY - box.top, box.height) * this.grid + cell(event.clientX - box.left, box.width);
+    return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
   }
 
-  // The slot that claims most of a patch; null for a model without slots.
-  slotAt(patch) {
+  // Where a slot claims most, as `placeAt`.
+  placeOf(slot) {
+    const patch = this.masks[slot].indexOf(Math.max(...this.masks[slot]));
+    return [(patch % this.grid + 0.5) / this.grid, (Math.floor(patch / this.grid) + 0.5) / this.grid];
+  }
+
+  // The slot that claims most of what is at a place; null for a model without slots.
+  slotAt(place) {
     if (this.masks === null) return null;
+    const [x, y] = place.map((share) => Math.min(this.grid - 1, Math.max(0, Math.floor(share * this.grid))));
+    return this.winner(y * this.grid + x);
+  }
+
+  // The slot that claims most of a patch.
+  winner(patch) {
     let best = 0;
     this.masks.forEach((mask, k) => { if (mask[patch] > this.masks[best][patch]) best = k; });
     return best;
@@ -90,7 +101,7 @@ export class Screen {
   outline(pen, side, slot) {
     const size = side / this.grid;
     const owns = (x, y) =>
-      x >= 0 && y >= 0 && x < this.grid && y < this.grid && this.slotAt(y * this.grid + x) === slot;
+      x >= 0 && y >= 0 && x < this.grid && y < this.grid && this.winner(y * this.grid + x) === slot;
     const path = new Path2D();
     const edge = (x1, y1, x2, y2) => { path.moveTo(x1 * size, y1 * size); path.lineTo(x2 * size, y2 * size); };
     for (let y = 0; y < this.grid; y++) {
