@@ -215,6 +215,7 @@ def test_it_runs(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("block", of("run slowly"), ids=str)
 def test_it_runs_slowly(block: Block, tmp_path: Path) -> None:
     run(block, tmp_path / "home")

@@ -24,6 +24,7 @@ POLICY = ["policy", *SIZES, *PLAY]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_protocol_runs_goes_on_and_writes_its_table(tmp_path: Path) -> None:
     env = environment()
     first = run_job([*POLICY, "--labels", "100", "--methods", "flam", "random"], env, tmp_path)
