@@ -95,6 +95,7 @@ class Trainer:
         self._mean: WeightMean | None = None
         self._main: list[nn.Parameter] = []
         self._of_prior: list[nn.Parameter] = []
+        self._inferring: list[nn.Parameter] = []
 
     @property
     def total_steps(self) -> int:
@@ -147,6 +148,9 @@ class Trainer:
         self._on_stage("optimiser")
         if self._sharded:
             average_gradients([*self._main, *self._of_prior])
+        if self._latent_frozen():
+            for parameter in self._inferring:
+                parameter.grad = None  # the optimiser then passes it over
         norm = clip_norm(self._main, stage.clip_norm)
         # On its own: its likelihood is of another size than the loss, and would set the pace for everything else.
         clip_norm(self._of_prior, stage.clip_norm)
@@ -172,6 +176,12 @@ class Trainer:
         self._prepare(frames_u8)
         self._start_codes_if_due()
         self.step += 1
+
+    def _latent_frozen(self) -> bool:
+        """Whether latent actions are what they will be."""
+        stage, local = self._stage_config()
+        gaussian = self.stage == 1 and isinstance(self.model.dynamics.latent, GaussianLatent)
+        return gaussian and local >= self.config.latent_freeze * stage.steps
 
     def _codes_wait(self) -> float:
         """Steps of stage 2 in which the dynamics see latent actions that are not quantised yet."""
@@ -199,7 +209,7 @@ class Trainer:
             if isinstance(latent, GaussianLatent):
                 latent.places = torch.tensor(clips[part], device=self.device), stage.batch_clips
             if latent is not None:
-                latent.train(counted > 0)
+                latent.train(counted > 0 and not self._latent_frozen())
             alone = without_sync(self._module) if number < len(parts) - 1 else nullcontext()
             with alone:
                 loss, meters = self._loss(
@@ -272,6 +282,7 @@ class Trainer:
         dynamics = self.model.dynamics
         held = list(dynamics.factorizer.parameters()) if self.stage == 1 and isinstance(dynamics, Dynamics) else []
         self._of_prior = list(dynamics.prior.parameters()) if self.stage == 1 and dynamics.prior is not None else []
+        self._inferring = [*held, *dynamics.inverse.parameters()] if self.stage == 1 else []
         apart = {id(parameter) for parameter in self._of_prior}
         self._main = [parameter for parameter in inner.parameters() if id(parameter) not in apart]
         names = {id(parameter) for parameter in held}

@@ -25,32 +25,14 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., Q, D]. `bias` broadcasts to [..., heads, Q, N]; -inf forbids."""
-        q, k, v = self._heads(queries, context)
-        if bias is not None:
-            bias = bias.to(q.dtype)
-        return self._joined(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
-
-    def _heads(self, queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = rearrange(self.to_query(queries), "... n (h d) -> ... h n d", h=self.heads)
         k, v = rearrange(self.to_key_value(context), "... n (two h d) -> two ... h n d", two=2, h=self.heads)
         q = F.rms_norm(q, q.shape[-1:]) * self.log_scale.exp().to(q.dtype)
-        return q, F.rms_norm(k, k.shape[-1:]), v
-
-    def _joined(self, heads: Tensor) -> Tensor:
+        k = F.rms_norm(k, k.shape[-1:])
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out(rearrange(heads, "... h n d -> ... n (h d)"))
-
-
-class AdditiveAttention(Attention):
-    """Attention whose weights do not share out one whole: each element of the context is weighed against the last one
-    alone, by a sigmoid. What several of them have to say to a query then adds up, where a softmax would average it."""
-
-    def forward(self, queries: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., Q, D]. The last element of the context, the null, is only weighed against."""
-        assert bias is None
-        q, k, v = self._heads(queries, context)
-        logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        weights = (logits[..., :-1] - logits[..., -1:]).sigmoid()
-        return self._joined(weights.to(v.dtype) @ v[..., :-1, :])
 
 
 class FeedForward(nn.Sequential):

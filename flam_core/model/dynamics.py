@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flam_core.config import ModelConfig
-from flam_core.model.attention import AdditiveAttention, Attention, FeedForward, SpatialBlock, TemporalBlock
+from flam_core.model.attention import Attention, FeedForward, SpatialBlock, TemporalBlock
 from flam_core.model.latent_action import LatentActions, make_latent
 
 _PLACE_HIDDEN = 8
@@ -119,20 +119,20 @@ class Aggregator(nn.Module):
     """z^_{t+1} = AGG(z_t, s^_{t+1}^{1:K}): current patches ask the predicted slots what becomes of them.
 
     A learned null key lets a patch that no slot concerns attend to nothing. The output is added to z_t. With
-    `aggregator_attention` "additive", what becomes of a patch is the sum of what slots do to it.
+    `aggregator_query` "place" patches ask by their place alone.
     """
 
     def __init__(self, config: ModelConfig, feature_dim: int, position: nn.Module) -> None:
         super().__init__()
         width = config.width
         self.position = position
+        self.by_place = config.aggregator_query == "place"
         self.features = nn.Linear(feature_dim, width)
         self.slots = nn.Linear(width, width)
         self.null = nn.Parameter(torch.randn(1, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.blocks))
-        kind = AdditiveAttention if config.aggregator_attention == "additive" else Attention
         self.attentions = nn.ModuleList(
-            kind(width, config.heads, config.aggregator_sharpness) for _ in range(config.blocks)
+            Attention(width, config.heads, config.aggregator_sharpness) for _ in range(config.blocks)
         )
         self.mlps = nn.ModuleList(FeedForward(width, 2 * width) for _ in range(config.blocks))
         self.slot_norm = nn.LayerNorm(width)
@@ -141,10 +141,12 @@ class Aggregator(nn.Module):
     def forward(self, z_btpc: Tensor, slots_btkd: Tensor) -> Tensor:
         """Next features [B, T, P, C] of current features [B, T, P, C] and predicted slots [B, T, K, D]."""
         b, t = z_btpc.shape[:2]
-        x = rearrange(self.features(z_btpc) + self.position(), "b t p d -> (b t) p d")
+        place = self.position()
+        x = rearrange(self.features(z_btpc) + place, "b t p d -> (b t) p d")
         slots = rearrange(self.slots(self.slot_norm(slots_btkd)), "b t k d -> (b t) k d")
         slots = torch.cat([slots, self.null.to(slots.dtype).expand(b * t, -1, -1)], dim=1)
         for norm, attention, mlp in zip(self.norms, self.attentions, self.mlps, strict=True):
-            x = x + attention(norm(x), slots)
+            queries = norm(place).expand_as(x) if self.by_place else norm(x)
+            x = x + attention(queries, slots)
             x = x + mlp(x)
         return z_btpc + rearrange(self.out(x), "(b t) p c -> b t p c", b=b)

@@ -35,10 +35,11 @@ class FSQ(nn.Module):
             rounded = torch.where(left_alone[..., None], bounded, rounded)
         return rounded / (self.levels // 2)
 
-    def distance(self, x: Tensor) -> Tensor:
-        """Squared distance [..., L] of the bounded x [..., L] from the level that it is rounded to: at most 1/4."""
-        bounded = self.bound(x.float())
-        return (bounded - bounded.detach().round()).pow(2)
+    def distance(self, x: Tensor, to: Tensor | None = None) -> Tensor:
+        """Squared distance [..., L] of the bounded x [..., L] from the level that it is rounded to (at most 1/4), or
+        that `to` is rounded to."""
+        level = self.bound((x if to is None else to).detach().float()).round()
+        return (self.bound(x.float()) - level).pow(2)
 
     def indices(self, x: Tensor) -> Tensor:
         """Code numbers int64 [...] of x [..., L]."""

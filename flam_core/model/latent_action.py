@@ -20,7 +20,7 @@ class LatentActions:
     """The latent actions of T - 1 transitions; K of them each (1 in a monolithic model).
 
     sample: [B, T - 1, K, A], what the forward dynamics gets while training (noisy, or a code with straight-through
-        gradient).
+        gradient). Of a bottleneck in evaluation mode it has no noise.
     mean: [B, T - 1, K, A], the best single guess, used to infer actions.
     penalty: [B, T - 1, K], KL to N(0, I) in nats (Gaussian) or commitment and codebook loss (VQ); else zeros.
     codes: int64 [B, T - 1, K] (VQ only).
@@ -51,7 +51,7 @@ class GaussianLatent(nn.Module):
         """From the inverse dynamics' output [B, T - 1, K, D]."""
         mean, log_variance = self.head(h).float().chunk(2, dim=-1)
         log_variance = (self.gain * log_variance).clamp(-12.0, 4.0)
-        sample = mean + self._noise(mean) * (0.5 * log_variance).exp()
+        sample = mean + self._noise(mean) * (0.5 * log_variance).exp() if self.training else mean
         kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum(dim=-1)
         return LatentActions(sample, mean, kl)
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from flam_core.config import TokenizerConfig
 from flam_core.model.fsq import FSQ
 
+_NEAR = 1 / 16
+"""Squared distance from a level, half of the way to its border, that `reread` lets pass."""
+
 
 class ResidualBlock(nn.Module):
     """IMPALA's residual block (Espeholt et al. 2018), whose convolutions have side 3."""
@@ -103,14 +106,19 @@ class Tokenizer(nn.Module):
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """What stage 1 trains: the reconstruction [N, 3, H, W] in [0, 1] of frames [N, 3, H, W] in [0, 1], and the mean
         squared distance of what is quantised from its levels. With `config.chessboard` every other patch is drawn from
-        what is not quantised.
+        what is not quantised; with `config.reread` the distance of what is read of the reconstruction is added.
         """
         unquantised = self._to_quantise(self.encoder(frames * 2 - 1))
         left_alone = None
         if self.config.chessboard:
             side = torch.arange(self.config.grid, device=frames.device)
             left_alone = (side[:, None] + side) % 2 == 0
-        return self._draw(unquantised, left_alone), self.fsq.distance(unquantised).mean()
+        drawn = self._draw(unquantised, left_alone)
+        distance = self.fsq.distance(unquantised).mean()
+        if self.config.reread:
+            again = self._to_quantise(self.encoder(drawn.detach().clamp(0, 1) * 2 - 1))
+            distance = distance + (self.fsq.distance(again, to=unquantised) - _NEAR).clamp_min(0).mean()
+        return drawn, distance
 
     def encode(self, frames_u8: Tensor) -> Tensor:
         """Standardised features z float [..., P, C] of uint8 frames [..., H, W, 3]."""

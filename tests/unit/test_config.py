@@ -175,6 +175,8 @@ def test_factors_that_do_not_divide_the_latent_width_are_refused_with_some_that_
         (lambda: LossConfig(final_beta=0.0, beta_cooldown=(0.9, 0.8)), "beta_cooldown"),
         (lambda: LossConfig(beta=1e-3, final_beta=1e-2), "final_beta"),
         (lambda: LossConfig(bridge=-1.0), "negative"),
+        (lambda: replace(get_recipe("smoke"), latent_freeze=1.5), "latent_freeze = 1.5"),
+        (lambda: replace(get_recipe("tiny"), latent_freeze=0.2), "latent_freeze = 0.2"),
         (lambda: EvaluationConfig(horizon=0), "evaluation.horizon = 0"),
         (lambda: replace(get_recipe("smoke"), checkpoint_every=0), "checkpoint_every = 0"),
         (lambda: replace(get_recipe("smoke"), flam_stage=stage(clip_frames=1)), "no next frame"),

@@ -169,9 +169,9 @@ def test_slots_depend_on_frames_so_far(competition: str, window: int, focus: flo
     assert_depends_exactly_on(before_last[..., :1], strengths(masks, z))
 
 
-@pytest.mark.parametrize("attention", ["softmax", "additive"])
-def test_the_aggregator_sees_one_frame_and_its_predicted_slots(attention: str) -> None:
-    settings = config(aggregator_attention=attention)
+@pytest.mark.parametrize("query", ["patch", "place"])
+def test_the_aggregator_sees_one_frame_and_its_predicted_slots(query: str) -> None:
+    settings = config(aggregator_query=query)
     position = Factorizer(settings, CHANNELS, TOKENIZER.grid).position
     aggregator = shaken(Aggregator(settings, CHANNELS, position))
     z, slots = source(2, FRAMES, TOKENIZER.patches, CHANNELS), source(2, FRAMES, FACTORS, WIDTH)
@@ -179,6 +179,21 @@ def test_the_aggregator_sees_one_frame_and_its_predicted_slots(attention: str) -
     assert_depends_exactly_on(t_in == t_out, strengths(next_z, slots))
     by_frame = strengths(next_z, z).amax(dim=-1, keepdim=True)
     assert_depends_exactly_on((t_in == t_out)[..., :1], by_frame)
+
+
+def test_a_patch_that_asks_by_its_place_asks_alike_whatever_it_shows() -> None:
+    asked: dict[str, list[torch.Tensor]] = {"patch": [], "place": []}
+    for query, queries in asked.items():
+        settings = config(aggregator_query=query)
+        aggregator = shaken(Aggregator(settings, CHANNELS, Factorizer(settings, CHANNELS, TOKENIZER.grid).position))
+        for attention in aggregator.attentions:
+            attention.register_forward_pre_hook(lambda _, given, into=queries: into.append(given[0]))
+        slots = source(1, FRAMES, FACTORS, WIDTH)
+        for _ in range(2):
+            aggregator(torch.randn(1, FRAMES, TOKENIZER.patches, CHANNELS, dtype=torch.float64), slots)
+        blocks = len(aggregator.attentions)
+        same = [torch.equal(one, other) for one, other in zip(queries[:blocks], queries[blocks:], strict=True)]
+        assert same == [query == "place"] * blocks
 
 
 @pytest.mark.parametrize("competition", COMPETITIONS)

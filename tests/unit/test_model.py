@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from flam_core.config import ModelConfig, TokenizerConfig
 from flam_core.errors import SettingsError
 from flam_core.model import Dynamics, Flam
-from flam_core.model.attention import AdditiveAttention, Attention, PositionCode, RelativeTime
+from flam_core.model.attention import Attention, PositionCode, RelativeTime
 from flam_core.model.factorizer import Factorizer
 from flam_core.model.latent_action import GaussianLatent, VQLatent
 
@@ -93,26 +93,6 @@ def test_a_bias_of_minus_infinity_forbids() -> None:
     bias = torch.zeros(2, 3, 5, dtype=torch.float64)
     bias[:, :, 3:] = float("-inf")
     assert torch.allclose(attention(queries, context, bias), attention(queries, context[:3]))
-
-
-def test_what_elements_say_to_additive_attention_adds_up() -> None:
-    attention = AdditiveAttention(width=8, heads=2).double()
-    queries, context = torch.randn(3, 4, 8, dtype=torch.float64), torch.randn(3, 3, 8, dtype=torch.float64)
-    one, other, null = context.split(1, dim=1)
-    said = [attention(queries, torch.cat([part, null], dim=1)) for part in (one, other)]
-    torch.testing.assert_close(attention(queries, context), said[0] + said[1] - attention.out.bias)
-
-
-def test_nothing_is_heard_of_what_the_null_outweighs() -> None:
-    attention = AdditiveAttention(width=4, heads=1, sharpness=100.0).double()
-    with torch.no_grad():
-        attention.to_query.weight.copy_(torch.eye(4))
-        attention.to_key_value.weight[:4] = torch.eye(4)
-    query = torch.tensor([[1.0, -1.0, 0.0, 0.0]], dtype=torch.float64)
-    heard = attention(query, torch.cat([query, -query]))  # what is like the query, and a null that is not
-    mute = attention(query, torch.cat([-query, query]))
-    torch.testing.assert_close(mute, attention.out.bias[None])
-    assert (heard - mute).norm() > 0.01
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 8, 14])
@@ -362,10 +342,10 @@ def test_inferred_actions_and_evaluation_are_without_noise() -> None:
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "vq"])
-@pytest.mark.parametrize("attention", ["softmax", "additive"])
-def test_every_weight_of_the_dynamics_gets_a_gradient(latent: Any, attention: Any) -> None:
+@pytest.mark.parametrize("query", ["patch", "place"])
+def test_every_weight_of_the_dynamics_gets_a_gradient(latent: Any, query: Any) -> None:
     # Distributed training waits for the gradient of every weight.
-    dynamics = Dynamics(replace(MODEL, latent=latent, aggregator_attention=attention), TOKENIZER).double()
+    dynamics = Dynamics(replace(MODEL, latent=latent, aggregator_query=query), TOKENIZER).double()
     prediction, _ = dynamics(features(2, 4))
     assert prediction.prior_nll is not None
     (prediction.next_z.pow(2).mean() + prediction.actions.penalty.mean() + prediction.prior_nll.mean()).backward()

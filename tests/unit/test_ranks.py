@@ -108,7 +108,7 @@ def close(one: TrainState, other: TrainState) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"slot_start": "motion", "beta": 1e-2, "rollout_steps": 1},
+        {"slot_start": "motion", "beta": 1e-2, "rollout_steps": 1, "latent_freeze": 0.75},
         {"latent": "vq", "codebook_decay": 0.9, "codebook_revival": 0.9, "codebook_centring": True},
     ],
     ids=["gaussian", "vq"],

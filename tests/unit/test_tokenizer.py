@@ -237,6 +237,39 @@ def test_commitment_keeps_codes_off_the_borders_of_levels() -> None:
     assert trained(1.0) < 0.5 * trained(0.0)
 
 
+def test_reading_what_was_drawn_teaches_the_encoder_alone() -> None:
+    frames = pictures(4).double().movedim(-1, 1) / 255
+
+    def gradients(reread: bool) -> dict[str, Tensor | None]:
+        tokenizer = model(replace(TOKENIZER, reread=reread)).tokenizer
+        torch.manual_seed(3)
+        for weight in tokenizer.parameters():
+            torch.nn.init.normal_(weight)
+        tokenizer(frames)[1].backward()
+        return {name: weight.grad for name, weight in tokenizer.named_parameters()}
+
+    with_it, without = gradients(reread=True), gradients(reread=False)
+    for name, gradient in with_it.items():
+        if name.startswith("decoder."):
+            assert gradient is None
+        elif not name.endswith("bias"):
+            other = without[name]
+            assert gradient is not None
+            assert other is not None
+            assert not torch.allclose(gradient, other), name
+
+
+def test_what_is_read_again_costs_nothing_near_its_level() -> None:
+    tokenizer = model(replace(TOKENIZER, reread=True)).tokenizer
+    frames = torch.rand(2, 3, 24, 24, dtype=torch.float64)
+    first, distances = torch.zeros(2, 3, 3, len(TOKENIZER.fsq_levels), dtype=torch.float64), []
+    for offset in (0.0, 0.2, 3.0):
+        answers = iter([first, first + offset])
+        tokenizer._to_quantise = lambda _features, answers=answers: next(answers)
+        distances.append(tokenizer(frames)[1].item())
+    assert distances[0] == distances[1] < distances[2]
+
+
 def test_commitment_is_not_negative() -> None:
     with pytest.raises(SettingsError, match=r"tokenizer.commitment = -1"):
         TokenizerConfig(commitment=-1)

@@ -175,6 +175,38 @@ def test_held_slot_starts_move_only_after_the_hold() -> None:
     assert not torch.equal(trainer.model.dynamics.factorizer.initial, start)
 
 
+@pytest.mark.parametrize("latent", ["gaussian", "vq"])
+def test_frozen_latent_actions_stay_while_the_dynamics_learn_on(latent: str) -> None:
+    trainer = started(config(latent=latent, latent_freeze=0.5), until=STAGE_1 + STAGE_2 // 2)
+    before = copy.deepcopy(trainer.model.dynamics.state_dict())
+    run(trainer, STAGE_1 + STAGE_2)
+    learnt = {
+        name for name, weight in trainer.model.dynamics.named_parameters() if not torch.equal(weight, before[name])
+    }
+    frozen = {name for name in before if name.startswith(("factorizer.", "inverse."))}
+    assert learnt - frozen
+    assert bool(learnt & frozen) == (latent == "vq")  # codes have no noise to be rid of
+
+
+def test_frozen_latent_actions_have_no_noise_and_others_do() -> None:
+    trainer = started(config(latent_freeze=0.5), until=STAGE_1 + 1)
+    latent = trainer.model.dynamics.latent
+    h = torch.randn(2, 3, 2, CONFIG.model.width)
+    assert not torch.equal(latent(h).sample, latent(h).mean)
+    run(trainer, STAGE_1 + STAGE_2)
+    assert torch.equal(latent(h).sample, latent(h).mean)
+
+
+@pytest.mark.parametrize("at", [STAGE_1 + 1, STAGE_1 + 3])
+def test_a_run_with_frozen_latent_actions_continues_bit_for_bit(at: int) -> None:
+    settings = config(latent_freeze=0.5)
+    unbroken, state = started(settings, until=STAGE_1 + STAGE_2), started(settings, until=at).state()
+    resumed = Trainer(settings, CPU)
+    resumed.restore(state)
+    run(resumed, resumed.total_steps)
+    assert weights_to_bytes(resumed.model) == weights_to_bytes(unbroken.model)
+
+
 @pytest.mark.parametrize("at", [1, STAGE_1, STAGE_1 + 2])
 def test_a_restored_state_is_the_state(at: int) -> None:
     state = started(until=at).state()
