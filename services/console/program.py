@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ def run_program(
     default: given the arguments (of which it may take some away from the front), returns what the fields start from,
     such as a recipe. `--debug` anywhere shows the traceback of an error; without it, an error is one line.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log is followed while it is written, also where it is a file
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
