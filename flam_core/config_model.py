@@ -55,6 +55,11 @@ class TokenizerConfig:
             )
         if self.commitment < 0:
             raise SettingsError(f"tokenizer.commitment = {self.commitment}", fix="It must not be negative.")
+        if self.reread and self.commitment == 0:
+            raise SettingsError(
+                "tokenizer.reread with tokenizer.commitment 0, which weighs it: it would do nothing",
+                fix="Set a commitment, such as 0.003.",
+            )
         if self.whitening is not None and self.whitening <= 0:
             raise SettingsError(f"tokenizer.whitening = {self.whitening}", fix="Use a share above 0, such as 0.01.")
         if not self.fsq_levels or min(self.fsq_levels) < 2:

@@ -33,8 +33,10 @@ def test_the_sweep_found_the_cliff_of_beta() -> None:
     assert not {why for beta, why in stopped if beta < 0.3} & {"posterior-collapse"}
 
 
-@pytest.mark.parametrize("labels", [1000, 10000])
-def test_on_the_goal_task_flams_policy_beats_cloning_with_equal_labels(labels: int) -> None:
+@pytest.mark.parametrize(("labels", "shown"), [(1000, True), (10000, False)])
+def test_flams_policy_beats_cloning_where_labels_are_few_and_is_not_behind_where_they_are_many(
+    labels: int, shown: bool
+) -> None:
     (row,) = [
         row
         for row in committed("policy.json")["rows"]
@@ -42,3 +44,4 @@ def test_on_the_goal_task_flams_policy_beats_cloning_with_equal_labels(labels: i
     ]
     assert row["seeds"] == 3
     assert row["over_bc"]["mean"] > 0
+    assert (row["over_bc"]["low"] > 0) == shown

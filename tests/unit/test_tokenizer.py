@@ -241,7 +241,7 @@ def test_reading_what_was_drawn_teaches_the_encoder_alone() -> None:
     frames = pictures(4).double().movedim(-1, 1) / 255
 
     def gradients(reread: bool) -> dict[str, Tensor | None]:
-        tokenizer = model(replace(TOKENIZER, reread=reread)).tokenizer
+        tokenizer = model(replace(TOKENIZER, reread=reread, commitment=0.1)).tokenizer
         torch.manual_seed(3)
         for weight in tokenizer.parameters():
             torch.nn.init.normal_(weight)
@@ -260,7 +260,7 @@ def test_reading_what_was_drawn_teaches_the_encoder_alone() -> None:
 
 
 def test_what_is_read_again_costs_nothing_near_its_level() -> None:
-    tokenizer = model(replace(TOKENIZER, reread=True)).tokenizer
+    tokenizer = model(replace(TOKENIZER, reread=True, commitment=0.1)).tokenizer
     frames = torch.rand(2, 3, 24, 24, dtype=torch.float64)
     first, distances = torch.zeros(2, 3, 3, len(TOKENIZER.fsq_levels), dtype=torch.float64), []
     for offset in (0.0, 0.2, 3.0):
@@ -273,6 +273,11 @@ def test_what_is_read_again_costs_nothing_near_its_level() -> None:
 def test_commitment_is_not_negative() -> None:
     with pytest.raises(SettingsError, match=r"tokenizer.commitment = -1"):
         TokenizerConfig(commitment=-1)
+
+
+def test_rereading_that_nothing_weighs_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"tokenizer.reread with tokenizer.commitment 0"):
+        TokenizerConfig(reread=True)
 
 
 # Starts of slots
