@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flam_core.config_evaluation import EvaluationConfig
@@ -59,11 +59,6 @@ class LossConfig:
     """Weight of the KL, summed over slots and latent dimensions."""
     beta_warmup: tuple[float, float] = (0.0, 0.0)
     """Shares of the steps at which beta starts to rise from zero and at which it is reached."""
-    final_beta: float | None = None
-    """What beta comes down to at the end; None: it stays. High, it leaves latent actions few ways to differ, the same
-    everywhere; low again, it lets them through without noise."""
-    beta_cooldown: tuple[float, float] = (0.6, 0.8)
-    """Shares of the steps at which beta starts to come down and at which `final_beta` is reached."""
     codebook_warmup: float = 0.0
     """Share of the steps for which discrete latent actions are not quantised yet. Codes then start as clusters of what
     the dynamics have learnt to listen to; from random codes they may never begin to (docs/devlog.md)."""
@@ -75,6 +70,9 @@ class LossConfig:
     slot_prediction: float = 0.0
     """Weight of the squared error between predicted and true next slots (whose gradient is stopped). It trains the
     dynamics without waiting for the aggregator; the paper has none."""
+    motion: float = 0.0
+    """Weight of what a linear map of latent actions says amiss of how slots move, in squared patches
+    (`model.motion_readout`); the paper has none."""
     rollout_steps: int = 0
     """Steps of slot-space rollout that are trained beside the one-step prediction; 0 for none."""
     rollout_weight: float = 1.0
@@ -84,21 +82,11 @@ class LossConfig:
         start, end = self.beta_warmup
         if not 0 <= start <= end <= 1:
             raise SettingsError(f"loss.beta_warmup = {self.beta_warmup}", fix="Give 0 <= start <= end <= 1.")
-        if self.final_beta is not None:
-            if not 0 <= self.beta_cooldown[0] <= self.beta_cooldown[1] <= 1:
-                raise SettingsError(f"loss.beta_cooldown = {self.beta_cooldown}", fix="Give 0 <= start <= end <= 1.")
-            if not 0 <= self.final_beta <= self.beta:
-                raise SettingsError(f"loss.final_beta = {self.final_beta}", fix=f"Give 0 to loss.beta ({self.beta:g}).")
         if not 0 <= self.codebook_warmup < 1:
             raise SettingsError(f"loss.codebook_warmup = {self.codebook_warmup}", fix="It is a share: 0 to below 1.")
-        weights = self.beta, self.free_bits, self.bridge, self.slot_prediction, self.rollout_steps, self.rollout_weight
-        if min(weights) < 0:
+        weights = self.beta, self.free_bits, self.bridge, self.slot_prediction, self.motion
+        if min(*weights, self.rollout_steps, self.rollout_weight) < 0:
             raise SettingsError("loss weights must not be negative", fix="Check loss.*.")
-
-    def with_beta(self, beta: float) -> LossConfig:
-        """The same with another beta. One that is below `final_beta` stays as it is to the end."""
-        final = self.final_beta
-        return replace(self, beta=beta, final_beta=None if final is None or beta < final else final)
 
 
 @dataclass(frozen=True)
@@ -162,6 +150,12 @@ class Config:
         if self.model.state == "patches" and (self.loss.bridge or self.loss.slot_prediction):
             raise SettingsError(
                 "loss.bridge and loss.slot_prediction are about slots, and model.state is patches", fix="Set both to 0."
+            )
+        if self.model.motion_readout != (self.loss.motion > 0):
+            raise SettingsError(
+                f"model.motion_readout is {self.model.motion_readout} and loss.motion, which weighs it, "
+                f"{self.loss.motion:g}",
+                fix="Set both, or neither.",
             )
         if self.model.slot_training == "apart" and not self.loss.bridge:
             raise SettingsError(

@@ -138,11 +138,9 @@ class ModelConfig:
     true_actions: tuple[int, int, int] | None = None
     """Of latent "true": entities, numbers of an entity's action, and kinds of a discrete action (0: the numbers are
     values)."""
-    action_form: Literal["free", "displacement"] = "free"
-    """What a slot's latent action is read from. "free": attention over the current slots, then over the slot's own
-    track (the paper). "displacement": the way from the slot's value to its next one in a learned space. Steps then add
-    up as moves do, so that what an entity does can be said alike wherever it is, and not as the place that it comes
-    to."""
+    motion_readout: bool = False
+    """A linear map, trained with `loss.motion`, reads off latent actions how far their slots move. Without it (the
+    paper) a latent action may mean something else at each place."""
     latent_width: int = 256
     """Total width of the latent actions, shared out evenly: latent_width / factors a slot."""
     initial_log_variance: float = -5.0
@@ -194,10 +192,10 @@ class ModelConfig:
                 "model.coupling and model.slot_time are about slots, and model.state is patches",
                 fix="Leave them at their defaults, or use model.state slots.",
             )
-        if self.action_form == "displacement" and (self.state == "patches" or self.latent in ("none", "true")):
+        if self.motion_readout and (self.state == "patches" or self.latent == "none"):
             raise SettingsError(
-                f"model.action_form displacement with model.state {self.state} and model.latent {self.latent}",
-                fix="It is about slots with latent actions of their own: use model.action_form free.",
+                f"model.motion_readout with model.state {self.state} and model.latent {self.latent}",
+                fix="It is about slots with latent actions: turn it off.",
             )
         if (self.latent == "true") != (self.true_actions is not None):
             raise SettingsError(

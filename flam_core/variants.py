@@ -49,13 +49,14 @@ def grouped(config: Config) -> Config:
 
 def playslot(config: Config) -> Config:
     """Slots that are trained by reconstruction alone, and a code for each from its own two values (PlaySlot-type)."""
-    apart = _with(config, latent="vq", coupling="own", slot_training="apart", action_form="free")
-    return replace(apart, slot_hold=0.0, loss=replace(apart.loss, bridge=max(apart.loss.bridge, 1.0)))
+    apart = _with(_unread(config), latent="vq", coupling="own")
+    model = replace(apart.model, slot_training="apart")
+    return replace(apart, model=model, slot_hold=0.0, loss=replace(apart.loss, bridge=max(apart.loss.bridge, 1.0)))
 
 
 def slotformer(config: Config) -> Config:
     """Slots without any action (SlotFormer-type): what can be known of the future without being told."""
-    return _with(config, latent="none", action_form="free")
+    return _with(_unread(config), latent="none")
 
 
 def true_actions(config: Config, actions: TrueActions) -> Config:
@@ -116,10 +117,11 @@ def apply_variant(config: Config, name: str, actions: TrueActions | None = None)
 
 
 def dynamics_weights(model: ModelConfig, tokenizer: TokenizerConfig) -> int:
-    """Trained weights of stage 2, but for the learned prior, which no prediction rests on."""
+    """Trained weights of stage 2, but for the learned prior and what reads motion off latent actions: no prediction
+    rests on these."""
     with torch.device("meta"):
         dynamics = make_dynamics(model, tokenizer)
-    return sum(p.numel() for name, p in dynamics.named_parameters() if not name.startswith("prior."))
+    return sum(p.numel() for name, p in dynamics.named_parameters() if not name.startswith(("prior.", "motion.")))
 
 
 @lru_cache
@@ -140,9 +142,16 @@ def _with(config: Config, **model: object) -> Config:
     return replace(config, model=replace(config.model, **model))  # pyright: ignore[reportArgumentType] - by name
 
 
+def _unread(config: Config) -> Config:
+    """Without `loss.motion`, which is FLAM's here."""
+    model = replace(config.model, motion_readout=False)
+    return replace(config, model=model, loss=replace(config.loss, motion=0.0))
+
+
 def _without_slots(config: Config, **changes: object) -> Config:
     """A rival without slots, as large as the FLAM of `config`."""
     target = dynamics_weights(config.model, config.tokenizer)
-    model = replace(config.model, state="patches", action_form="free", **changes)  # pyright: ignore[reportArgumentType] - by name
+    model = replace(config.model, state="patches", motion_readout=False, **changes)  # pyright: ignore[reportArgumentType] - by name
     model = equal_weights(model, config.tokenizer, target)
-    return replace(config, model=model, loss=replace(config.loss, bridge=0.0, slot_prediction=0.0), slot_hold=0.0)
+    loss = replace(config.loss, bridge=0.0, slot_prediction=0.0, motion=0.0)
+    return replace(config, model=model, loss=loss, slot_hold=0.0)

@@ -26,16 +26,10 @@ def tokenizer_loss(
 
 def beta_at(config: LossConfig, progress: float) -> float:
     """The weight of the KL when a share `progress` in [0, 1] of the steps is done."""
-    beta = config.beta * _ramp(config.beta_warmup, progress)
-    if config.final_beta is None:
-        return beta
-    return beta + (config.final_beta - beta) * _ramp(config.beta_cooldown, progress)
-
-
-def _ramp(between: tuple[float, float], progress: float) -> float:
-    """0 before a span of steps, 1 from its end on."""
-    start, end = between
-    return float(progress >= end) if start == end else min(1.0, max(0.0, (progress - start) / (end - start)))
+    start, end = config.beta_warmup
+    if start == end:
+        return config.beta if progress >= end else 0.0
+    return config.beta * min(1.0, max(0.0, (progress - start) / (end - start)))
 
 
 def flam_loss(
@@ -79,6 +73,10 @@ def flam_loss(
         slot_error = (prediction.next_slots.float() - prediction.slots[:, 1:].detach().float()).pow(2).mean()
         loss = loss + config.slot_prediction * slot_error
         meters["flam/slot_error"] = slot_error.detach()
+    if prediction.motion_error is not None:
+        motion_error = prediction.motion_error.mean()
+        loss = loss + config.motion * motion_error
+        meters["flam/motion_error"] = motion_error.detach()
     if rollout is not None:
         rolled = (rollout.float() - z[:, -rollout.shape[1] :]).pow(2).mean()
         loss = loss + config.rollout_weight * rolled

@@ -129,6 +129,7 @@ class Trainer:
                 fix="Start a run of its own on these data: --variant true-actions reads what they hold.",
             )
         self._prepare(frames_u8)
+        self._freeze_latent_if_due()
         assert self._optimizer is not None
         stage, local = self._stage_config()
         mine = self.share.places(stage.batch_clips)
@@ -148,9 +149,6 @@ class Trainer:
         self._on_stage("optimiser")
         if self._sharded:
             average_gradients([*self._main, *self._of_prior])
-        if self._latent_frozen():
-            for parameter in self._inferring:
-                parameter.grad = None  # the optimiser then passes it over
         norm = clip_norm(self._main, stage.clip_norm)
         # On its own: its likelihood is of another size than the loss, and would set the pace for everything else.
         clip_norm(self._of_prior, stage.clip_norm)
@@ -182,6 +180,19 @@ class Trainer:
         stage, local = self._stage_config()
         gaussian = self.stage == 1 and isinstance(self.model.dynamics.latent, GaussianLatent)
         return gaussian and local >= self.config.latent_freeze * stage.steps
+
+    def _freeze_latent_if_due(self) -> None:
+        """From here on no gradient goes through what infers latent actions, and the optimiser passes its weights over.
+
+        DDP waits for the gradient of each weight that it was given, so it is set up anew without these; FSDP2 asks each
+        weight as it comes.
+        """
+        if not self._latent_frozen() or not self._inferring[0].requires_grad:
+            return
+        for parameter in self._inferring:
+            parameter.requires_grad_(False)
+        if not self._sharded:
+            self._module = self._ready(self._inner)
 
     def _codes_wait(self) -> float:
         """Steps of stage 2 in which the dynamics see latent actions that are not quantised yet."""
@@ -273,9 +284,7 @@ class Trainer:
                 self._begin_flam(frames_u8)
             self.model.tokenizer.requires_grad_(False)
         inner = self.model.tokenizer if self.stage == 0 else self.model.dynamics
-        self._module = self._wrap(inner)
-        if self._compiled:
-            self._module = torch.compile(self._module)  # pyright: ignore[reportAttributeAccessIssue]
+        self._module = self._ready(inner)
         self._mean = WeightMean(inner, self.config.weight_mean) if self.config.weight_mean else None
         stage = self._stage_config()[0]
         # The factorizer is a group of its own, since it may be held still at first.
@@ -300,6 +309,11 @@ class Trainer:
             fused=True,  # one kernel for all weights: on a CPU a fourteenth of a tiny step
         )
         self._prepared_stage = self.stage
+
+    def _ready(self, inner: nn.Module) -> nn.Module:
+        """Distributed and compiled, as asked for."""
+        module = self._wrap(inner)
+        return torch.compile(module) if self._compiled else module  # pyright: ignore[reportReturnType]
 
     def _begin_flam(self, frames_u8: Tensor) -> None:
         """Standardise features, and place the slots if asked for, by the first global batch of stage 2.

@@ -14,9 +14,6 @@ from flam_core.config import ModelConfig
 from flam_core.model.attention import Attention, FeedForward, SpatialBlock, TemporalBlock
 from flam_core.model.latent_action import LatentActions, make_latent
 
-_PLACE_HIDDEN = 8
-"""Of the perceptrons of `action_form` "displacement", in widths: each is as large as a spatial and a temporal block."""
-
 
 class InverseDynamics(nn.Module):
     """a_t^i = IDM(s_t^{1:K}, s_{t+1}^i).
@@ -24,32 +21,21 @@ class InverseDynamics(nn.Module):
     All mixing between slots comes first and over current slots alone; then each slot looks along its own track up to
     t + 1. The other order would leak the other slots' next values: that is `coupling` "global", an ablation. With "own"
     slots do not mix at all.
-
-    With `action_form` "displacement" it is a_t^i = e(s_{t+1}^i) - e(s_t^i), as wide as a slot, before the bottleneck;
-    e has as many weights as the attention that it stands for. Only with "global" coupling have slots mixed before.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
         self.coupling = config.coupling
-        self.displacement = config.action_form == "displacement"
         blocks = 0 if config.latent == "none" else config.blocks  # then nobody listens
-        mixing = 0 if config.coupling == "own" or (self.displacement and config.coupling != "global") else blocks
+        mixing = 0 if config.coupling == "own" else blocks
         self.spatial = nn.ModuleList(SpatialBlock(width, config.heads) for _ in range(mixing))
-        looking = 0 if self.displacement else blocks
-        self.temporal = nn.ModuleList(
-            TemporalBlock(width, config.heads, config.temporal_window) for _ in range(looking)
-        )
-        places = blocks if self.displacement else 0
-        self.place = nn.ModuleList(FeedForward(width, _PLACE_HIDDEN * width) for _ in range(places))
+        self.temporal = nn.ModuleList(TemporalBlock(width, config.heads, config.temporal_window) for _ in range(blocks))
         self.norm = nn.LayerNorm(width) if blocks else nn.Identity()
         self.latent = make_latent(config)
 
     def forward(self, slots_btkd: Tensor) -> LatentActions:
         """Latent actions of the T - 1 transitions between slots [B, T, K, D]."""
-        if self.displacement:
-            return self.latent(self._displacement(slots_btkd))
         h = slots_btkd if self.coupling == "global" else slots_btkd[:, :-1]
         for block in self.spatial:
             h = block(h)
@@ -59,16 +45,6 @@ class InverseDynamics(nn.Module):
         for block in self.temporal:
             h = block(h, track, offset=1)
         return self.latent(self.norm(h))
-
-    def _displacement(self, slots_btkd: Tensor) -> Tensor:
-        """[B, T - 1, K, D]: from each slot's place to its next one."""
-        place = slots_btkd
-        for block in self.spatial:
-            place = block(place)
-        for block in self.place:
-            place = place + block(place)
-        place = self.norm(place).float()  # small differences of large numbers
-        return (place[:, 1:] - place[:, :-1]).to(slots_btkd.dtype)
 
 
 class _ForwardBlock(nn.Module):

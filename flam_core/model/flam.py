@@ -14,6 +14,7 @@ from flam_core.model.dynamics import Aggregator, ForwardDynamics, InverseDynamic
 from flam_core.model.factorizer import Factorizer
 from flam_core.model.latent_action import LatentActions
 from flam_core.model.patches import PatchDynamics
+from flam_core.model.places import MotionReadout
 from flam_core.model.prediction import Prediction
 from flam_core.model.prior import ActionPrior
 from flam_core.model.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class Dynamics(nn.Module):
         self.forward_dynamics = ForwardDynamics(config)
         self.aggregator = Aggregator(config, tokenizer.feature_dim, self.factorizer.position)
         self.prior = None if config.latent == "none" else ActionPrior(config, config.width)
+        self.motion = MotionReadout(config.action_dim) if config.motion_readout else None
 
     @property
     def latent(self) -> nn.Module:
@@ -60,7 +62,7 @@ class Dynamics(nn.Module):
         With `rollout_steps` also returns the features [B, rollout_steps, P, C] of the last frames, rolled out in slot
         space from the frame before them.
         """
-        slots, masks = self.factorizer(z_btpc)
+        slots, masks, weights = self.factorizer.look(z_btpc)
         bridged = self.aggregator(z_btpc[:, :-1], slots[:, 1:]) if bridge else None
         if self.config.slot_training == "apart":
             slots = slots.detach()
@@ -72,7 +74,8 @@ class Dynamics(nn.Module):
             start = z_btpc.shape[1] - rollout_steps
             rolled = self.rollout(z_btpc[:, start - 1], slots[:, :start], actions.sample)
         nll = None if self.prior is None else self.prior(slots[:, :-1], actions)
-        return Prediction(slots, masks, actions, next_slots, next_z, bridged, nll), rolled
+        motion = None if self.motion is None else self.motion(actions.sample, weights)
+        return Prediction(slots, masks, actions, next_slots, next_z, bridged, nll, motion), rolled
 
     def rollout(self, z: Tensor, slots: Tensor, actions: Tensor) -> Tensor:
         """Features [B, S, P, C] of S steps in slot space.

@@ -16,7 +16,8 @@ class Prediction:
     slots [B, T, K, D], masks [B, T, K, P], actions of the T - 1 transitions, next_slots [B, T - 1, K, D] and next_z
     [B, T - 1, P, C], the predictions for frames 1 .. T - 1. bridged_z: next_z had the next slots been predicted
     perfectly (only if asked for). prior_nll: [B, T - 1, K], what the learned prior says of the actions, in nats (None
-    without latent actions). A model without slots has patches in their place (S = P) and no masks.
+    without latent actions). motion_error: [B, T - 1, K], what the actions say amiss of how slots move, in squared
+    patches (only with `model.motion_readout`). A model without slots has patches in their place (S = P) and no masks.
     """
 
     slots: Tensor
@@ -26,3 +27,4 @@ class Prediction:
     next_z: Tensor
     bridged_z: Tensor | None = None
     prior_nll: Tensor | None = None
+    motion_error: Tensor | None = None

@@ -15,9 +15,9 @@ from flam_core.errors import DataError, SettingsError
 from flam_core.learning.meters import ACTIVE_VARIANCE
 from flam_core.model import Flam
 from flam_core.model.latent_action import VQLatent
+from flam_core.model.places import centres
 from flam_core.saved_model import model_folder
 from flam_core.steering.directions import DIRECTIONS, Examples
-from flam_core.steering.places import centres
 
 ACTIONS_FILE = "actions.json"
 """Beside `model.safetensors` in a model's folder."""

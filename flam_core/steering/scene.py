@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flam_core.errors import DataError, SettingsError
 from flam_core.model import Flam
-from flam_core.steering.places import centres
+from flam_core.model.places import centres
 
 Feedback = Literal["frames", "slots"]
 """What a step builds on: the frame that was drawn, which is read again, or the slots that were predicted."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flam_core.model import Flam
+from flam_core.model.places import centres
 from flam_core.steering.directions import CANDIDATES, DIRECTIONS, choose, goal_of
 from flam_core.steering.discovered import DiscoveredActions
-from flam_core.steering.places import centres
 
 STEPS = 5
 _BATCH = 48

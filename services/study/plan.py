@@ -147,7 +147,7 @@ def ablation_cells(settings: StudySettings) -> list[Cell]:
             model = replace(base.model, factors=factors, latent_width=factors * base.model.action_dim)
             changed[f"factors-{factors}"] = replace(base, model=model)
         for beta in _BETAS:
-            changed[f"beta-{beta:g}"] = replace(base, loss=base.loss.with_beta(beta))
+            changed[f"beta-{beta:g}"] = replace(base, loss=replace(base.loss, beta=beta))
         chosen = _chosen(settings, tuple(changed))
         data = data_digest(settings, _ABLATED_AGENTS)
         cells += [Cell(name, _ABLATED_AGENTS, seed, changed[name], data) for name in chosen]

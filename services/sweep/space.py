@@ -65,7 +65,7 @@ class Point:
         """The base with this point's values. Raises SettingsError if they do not go together."""
         found = replace(base, tokenizer=replace(base.tokenizer, fsq_levels=self.fsq), seed=seed)
         model = replace(found.model, factors=self.factors, latent_width=self.latent_width)
-        found = replace(found, model=model, loss=found.loss.with_beta(self.beta))
+        found = replace(found, model=model, loss=replace(found.loss, beta=self.beta))
         if not self.codebook:
             return found
         discrete = apply_variant(found, "flam-vq")

@@ -95,29 +95,6 @@ def test_an_action_depends_on_current_slots_and_on_its_own_track_up_to_the_next_
 
 
 @pytest.mark.parametrize("latent", LATENTS)
-def test_a_displacement_depends_on_the_slot_and_its_next_value_alone(latent: str) -> None:
-    inverse = shaken(InverseDynamics(config(latent=latent, action_form="displacement")))
-    slots = source(2, FRAMES, FACTORS, WIDTH)
-    own_step = (same_slot & ((t_in == t_out) | (t_in == t_out + 1)))[:-1]
-    assert_depends_exactly_on(own_step, strengths(inverse(slots).sample, slots))
-
-
-def test_displacements_of_a_way_there_and_back_add_up_to_nothing() -> None:
-    inverse = shaken(InverseDynamics(config(action_form="displacement")))
-    there = torch.randn(4, 6, FACTORS, WIDTH, dtype=torch.float64)
-    steps = inverse(torch.cat([there, there[:, :1]], dim=1)).mean - inverse(there[:, [0, 0]]).mean  # less the bias
-    assert steps.abs().amax() > 0.1
-    torch.testing.assert_close(steps.sum(dim=1), torch.zeros_like(steps[:, 0]), atol=1e-5, rtol=0)
-
-
-def test_a_globally_coupled_displacement_sees_all_slots_of_both_frames() -> None:
-    inverse = shaken(InverseDynamics(config(action_form="displacement", coupling="global")))
-    slots = source(2, FRAMES, FACTORS, WIDTH)
-    both_frames = ((t_in == t_out) | (t_in == t_out + 1))[:-1]
-    assert_depends_exactly_on(both_frames, strengths(inverse(slots).sample, slots))
-
-
-@pytest.mark.parametrize("latent", LATENTS)
 def test_another_slots_next_value_leaves_inferred_actions_bit_equal(latent: str) -> None:
     # Gradients do not see what rounding to a code hides; an intervention does.
     inverse = shaken(InverseDynamics(config(latent=latent, codebook=64)))

@@ -358,17 +358,6 @@ def test_beta_rises_between_the_two_shares() -> None:
     assert [beta_at(LossConfig(beta=2.0, beta_warmup=(0.5, 0.5)), p) for p in (0.4, 0.6)] == [0, 2]
 
 
-@pytest.mark.parametrize(("beta", "end"), [(2.0, 1.0), (1.0, 1.0), (0.5, 0.5)])
-def test_another_beta_never_rises_at_the_end(beta: float, end: float) -> None:
-    loss = LossConfig(beta=3.0, final_beta=1.0).with_beta(beta)
-    assert [beta_at(loss, p) for p in (0.3, 1.0)] == [beta, end]
-
-
-def test_beta_comes_down_again_if_told_to() -> None:
-    loss = LossConfig(beta=2.0, beta_warmup=(0.2, 0.4), final_beta=1.0, beta_cooldown=(0.6, 0.8))
-    assert [beta_at(loss, p) for p in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0)] == pytest.approx([0, 1, 2, 2, 1.5, 1, 1])
-
-
 def test_beta_follows_the_progress_of_stage_2() -> None:
     trainer = started(config(beta=4.0, beta_warmup=(0.25, 0.75)), until=STAGE_1)
     betas = [float(meters["flam/beta"]) for meters in run(trainer, trainer.total_steps)]

@@ -182,16 +182,14 @@ def test_imagined_futures_follow_the_seed_and_can_be_replayed(latent: str) -> No
 
 def small() -> Config:
     """A recipe with all that a variant must undo, small enough to train here."""
-    loss = LossConfig(bridge=1.0, slot_prediction=0.1)
-    model = replace(CONFIG.model, slot_start="motion", width=32, heads=4)
+    loss = LossConfig(bridge=1.0, slot_prediction=0.1, motion=0.1)
+    model = replace(CONFIG.model, slot_start="motion", motion_readout=True, width=32, heads=4)
     return replace(CONFIG, model=model, loss=loss, slot_hold=0.3)
 
 
-@pytest.mark.parametrize("form", ["free", "displacement"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_trains_by_the_same_loop_and_every_weight_gets_a_gradient(name: str, form: str) -> None:
-    base = replace(small(), model=replace(small().model, action_form=form))
-    settings = apply_variant(base, name, GRID_ACTIONS)
+def test_every_variant_trains_by_the_same_loop_and_every_weight_gets_a_gradient(name: str) -> None:
+    settings = apply_variant(small(), name, GRID_ACTIONS)
     assert settings.variant == name
     assert settings.model.latent_width == small().model.latent_width
     assert (settings.tokenizer, settings.flam_stage) == (small().tokenizer, small().flam_stage)
@@ -234,8 +232,8 @@ def test_an_unknown_variant_is_named_with_the_nearest() -> None:
         {"latent": "true", "true_actions": (3, 1, 5)},
         {"latent": "none", "state": "patches"},
         {"state": "patches", "coupling": "global"},
-        {"state": "patches", "action_form": "displacement"},
-        {"latent": "none", "action_form": "displacement"},
+        {"state": "patches", "motion_readout": True},
+        {"latent": "none", "motion_readout": True},
         {"codebook_decay": 1.0},
         {"codebook_revival": 1.0},
         {"prior_components": 0},
