@@ -49,14 +49,14 @@ def grouped(config: Config) -> Config:
 
 def playslot(config: Config) -> Config:
     """Slots that are trained by reconstruction alone, and a code for each from its own two values (PlaySlot-type)."""
-    apart = _with(_unread(config), latent="vq", coupling="own")
+    apart = _with(no_motion(config), latent="vq", coupling="own")
     model = replace(apart.model, slot_training="apart")
     return replace(apart, model=model, slot_hold=0.0, loss=replace(apart.loss, bridge=max(apart.loss.bridge, 1.0)))
 
 
 def slotformer(config: Config) -> Config:
     """Slots without any action (SlotFormer-type): what can be known of the future without being told."""
-    return _with(_unread(config), latent="none")
+    return _with(no_motion(config), latent="none")
 
 
 def true_actions(config: Config, actions: TrueActions) -> Config:
@@ -74,6 +74,12 @@ def global_coupled(config: Config) -> Config:
     return _with(config, coupling="global")
 
 
+def no_motion(config: Config) -> Config:
+    """Nothing reads off latent actions how slots move (`loss.motion`): the paper's."""
+    model = replace(config.model, motion_readout=False)
+    return replace(config, model=model, loss=replace(config.loss, motion=0.0))
+
+
 TRUE_ACTIONS = "true-actions"
 """The one variant that sees ground truth while training."""
 _VARIANTS: dict[str, Callable[[Config], Config]] = {
@@ -88,6 +94,7 @@ _VARIANTS: dict[str, Callable[[Config], Config]] = {
         slotformer,
         no_temporal,
         global_coupled,
+        no_motion,
     )
 }
 
@@ -142,16 +149,13 @@ def _with(config: Config, **model: object) -> Config:
     return replace(config, model=replace(config.model, **model))  # pyright: ignore[reportArgumentType] - by name
 
 
-def _unread(config: Config) -> Config:
-    """Without `loss.motion`, which is FLAM's here."""
-    model = replace(config.model, motion_readout=False)
-    return replace(config, model=model, loss=replace(config.loss, motion=0.0))
-
-
 def _without_slots(config: Config, **changes: object) -> Config:
-    """A rival without slots, as large as the FLAM of `config`."""
+    """A rival without slots, as large as the FLAM of `config`.
+
+    Latent actions are never frozen: where FLAM's are settled, a rival's still get better (docs/devlog.md, 30 November).
+    """
     target = dynamics_weights(config.model, config.tokenizer)
     model = replace(config.model, state="patches", motion_readout=False, **changes)  # pyright: ignore[reportArgumentType] - by name
     model = equal_weights(model, config.tokenizer, target)
     loss = replace(config.loss, bridge=0.0, slot_prediction=0.0, motion=0.0)
-    return replace(config, model=model, loss=loss, slot_hold=0.0)
+    return replace(config, model=model, loss=loss, slot_hold=0.0, latent_freeze=1.0)

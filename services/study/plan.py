@@ -26,6 +26,8 @@ FACTORING = (
 """FLAM and its rivals, as `model` in a study's table and as `--variant`."""
 FRAMES = 64
 """Of an episode."""
+_ABLATIONS = ("flam", "flam-vq", "no-temporal", "global-coupled", "no-motion")
+"""Variants. K and beta are changed beside them."""
 _ABLATED_AGENTS = 4
 _BETAS = (1e-5, 2e-4, 1e-2, 3e-1)
 
@@ -142,7 +144,7 @@ def ablation_cells(settings: StudySettings) -> list[Cell]:
     cells = []
     for seed in range(settings.seeds):
         base = base_config(settings, _ABLATED_AGENTS, seed)
-        changed = {name: apply_variant(base, name) for name in ("flam", "flam-vq", "no-temporal", "global-coupled")}
+        changed = {name: apply_variant(base, name) for name in _ABLATIONS}
         for factors in (2, 4, 8):
             model = replace(base.model, factors=factors, latent_width=factors * base.model.action_dim)
             changed[f"factors-{factors}"] = replace(base, model=model)

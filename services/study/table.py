@@ -25,6 +25,7 @@ Result = tuple[Cell, dict[str, Any]]
 _SPREAD = {
     "psnr@1": "rollout/psnr@1",
     "psnr@10": "rollout/psnr@10",
+    "psnr@50": "horizon/psnr@50",
     "ssim@1": "rollout/ssim@1",
     "ssim@10": "rollout/ssim@10",
     "ceiling": "ceiling/psnr",
@@ -40,7 +41,7 @@ _SPREAD = {
     "slots_used": "slots/used",
 }
 """Columns with mean, se, low, high and n, and the metric that each comes from."""
-_MARKDOWN = ("psnr@1", "psnr@10", "copy@10", "ceiling", "action_probe")
+_MARKDOWN = ("psnr@1", "psnr@10", "psnr@50", "copy@10", "ceiling", "action_probe")
 
 
 def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
