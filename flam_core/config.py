@@ -70,9 +70,9 @@ class LossConfig:
     slot_prediction: float = 0.0
     """Weight of the squared error between predicted and true next slots (whose gradient is stopped). It trains the
     dynamics without waiting for the aggregator; the paper has none."""
-    motion: float = 0.0
-    """Weight of what a linear map of latent actions says amiss of how slots move, in squared patches
-    (`model.motion_readout`); the paper has none."""
+    motion: float = 0.1
+    """With `model.motion_readout`: weight of what a linear map of latent actions says amiss of how slots move, in
+    squared patches; the paper has none."""
     rollout_steps: int = 0
     """Steps of slot-space rollout that are trained beside the one-step prediction; 0 for none."""
     rollout_weight: float = 1.0
@@ -151,11 +151,10 @@ class Config:
             raise SettingsError(
                 "loss.bridge and loss.slot_prediction are about slots, and model.state is patches", fix="Set both to 0."
             )
-        if self.model.motion_readout != (self.loss.motion > 0):
+        if self.model.motion_readout and not self.loss.motion:
             raise SettingsError(
-                f"model.motion_readout is {self.model.motion_readout} and loss.motion, which weighs it, "
-                f"{self.loss.motion:g}",
-                fix="Set both, or neither.",
+                "model.motion_readout with loss.motion 0, which weighs it: it would do nothing",
+                fix="Set a weight, such as 0.1, or turn it off.",
             )
         if self.model.slot_training == "apart" and not self.loss.bridge:
             raise SettingsError(

@@ -57,7 +57,6 @@ def tiny() -> Config:
             codebook_warmup=0.4,
             bridge=1.0,
             slot_prediction=0.1,
-            motion=0.1,
         ),
         slot_hold=0.3,
         latent_freeze=0.6,

@@ -49,14 +49,14 @@ def grouped(config: Config) -> Config:
 
 def playslot(config: Config) -> Config:
     """Slots that are trained by reconstruction alone, and a code for each from its own two values (PlaySlot-type)."""
-    apart = _with(no_motion(config), latent="vq", coupling="own")
-    model = replace(apart.model, slot_training="apart")
-    return replace(apart, model=model, slot_hold=0.0, loss=replace(apart.loss, bridge=max(apart.loss.bridge, 1.0)))
+    loss = replace(config.loss, bridge=max(config.loss.bridge, 1.0))
+    seen = replace(config, loss=loss, slot_hold=0.0)
+    return _with(seen, latent="vq", coupling="own", slot_training="apart", motion_readout=False)
 
 
 def slotformer(config: Config) -> Config:
     """Slots without any action (SlotFormer-type): what can be known of the future without being told."""
-    return _with(no_motion(config), latent="none")
+    return _with(config, latent="none", motion_readout=False)
 
 
 def true_actions(config: Config, actions: TrueActions) -> Config:
@@ -75,9 +75,8 @@ def global_coupled(config: Config) -> Config:
 
 
 def no_motion(config: Config) -> Config:
-    """Nothing reads off latent actions how slots move (`loss.motion`): the paper's."""
-    model = replace(config.model, motion_readout=False)
-    return replace(config, model=model, loss=replace(config.loss, motion=0.0))
+    """Nothing reads off latent actions how slots move: the paper's."""
+    return _with(config, motion_readout=False)
 
 
 TRUE_ACTIONS = "true-actions"
@@ -157,5 +156,5 @@ def _without_slots(config: Config, **changes: object) -> Config:
     target = dynamics_weights(config.model, config.tokenizer)
     model = replace(config.model, state="patches", motion_readout=False, **changes)  # pyright: ignore[reportArgumentType] - by name
     model = equal_weights(model, config.tokenizer, target)
-    loss = replace(config.loss, bridge=0.0, slot_prediction=0.0, motion=0.0)
+    loss = replace(config.loss, bridge=0.0, slot_prediction=0.0)
     return replace(config, model=model, loss=loss, slot_hold=0.0, latent_freeze=1.0)

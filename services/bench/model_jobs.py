@@ -7,10 +7,10 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from flam_core.config import Config, LossConfig, ModelConfig
+from flam_core.config import Config, ModelConfig
 from flam_core.errors import SettingsError
 from flam_core.flops import Precision
-from flam_core.variants import dynamics_weights, monolithic_gaussian, monolithic_vq
+from flam_core.variants import dynamics_weights, monolithic_gaussian, monolithic_vq, no_motion
 
 COMPARED_FRAMES = 10
 """Frames of the clips on which FLAM and the monolithic model are compared."""
@@ -79,7 +79,7 @@ def comparison_jobs(config: Config, base: Precision, compiled: bool) -> dict[str
     monolithic = replace(flam, config=monolithic_of(flam.config))
     jobs = {
         "flam": flam,
-        "flam_same_losses": replace(flam, config=replace(flam.config, loss=_common(config.loss))),
+        "flam_same_losses": replace(flam, config=_with_common_losses(flam.config)),
         "monolithic": monolithic,
     }
     if compiled:
@@ -151,6 +151,6 @@ def _unlikeness(one: ModelConfig, other: ModelConfig) -> float:
     return sum(abs(math.log(ratio)) for ratio in ratios)
 
 
-def _common(loss: LossConfig) -> LossConfig:
-    """The losses that a model without slots has too."""
-    return replace(loss, bridge=0.0, slot_prediction=0.0)
+def _with_common_losses(config: Config) -> Config:
+    """With those losses alone that a model without slots has too."""
+    return replace(no_motion(config), loss=replace(config.loss, bridge=0.0, slot_prediction=0.0))

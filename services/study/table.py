@@ -41,7 +41,12 @@ _SPREAD = {
     "slots_used": "slots/used",
 }
 """Columns with mean, se, low, high and n, and the metric that each comes from."""
-_MARKDOWN = ("psnr@1", "psnr@10", "psnr@50", "copy@10", "ceiling", "action_probe")
+_BELOW = {
+    "below_ceiling@1": ("ceiling/psnr@1", "rollout/psnr@1"),
+    "below_ceiling@10": ("ceiling/psnr@10", "rollout/psnr@10"),
+}
+"""Likewise, each the difference of two metrics of the same training."""
+_MARKDOWN = ("psnr@1", "psnr@10", "psnr@50", "copy@10", "ceiling", "below_ceiling@10", "action_probe")
 
 
 def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -60,6 +65,7 @@ def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
         good = [result["metrics"] for result in group if "metrics" in result]
         row: dict[str, Any] = {"model": model, "agents": agents, "seeds": len(good)}
         row |= {name: _estimate(good, key) for name, key in _SPREAD.items()}
+        row |= {name: _estimate(good, *keys) for name, keys in _BELOW.items()}
         dci = {part: _estimate(good, f"dci/{part}") for part in "dci"}
         known = all(dci.values())
         row["dci"] = {part: one["mean"] for part, one in dci.items() if one} if known else None
@@ -74,8 +80,10 @@ def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def _estimate(metrics: Sequence[dict[str, float]], key: str) -> dict[str, Any] | None:
-    values = [one[key] for one in metrics if key in one]
+def _estimate(metrics: Sequence[dict[str, float]], key: str, less: str | None = None) -> dict[str, Any] | None:
+    """Over seeds, of a metric, or of how much more it is than another one."""
+    keys = {key, less or key}
+    values = [one[key] - (0.0 if less is None else one[less]) for one in metrics if keys <= set(one)]
     return over_seeds(values).row if values else None
 
 
@@ -94,7 +102,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     flat = []
     for row in rows:
         line: dict[str, Any] = {name: row[name] for name in ("model", "agents", "seeds")}
-        for name in _SPREAD:
+        for name in (*_SPREAD, *_BELOW):
             line[name] = row[name] and row[name]["mean"]
             line[f"{name}_se"] = row[name] and row[name]["se"]
         for part in "dci":
@@ -143,6 +151,8 @@ def _shown(estimate: dict[str, Any] | None) -> str:
 _PANELS: dict[str, Callable[[dict[str, Any]], tuple[float, float] | None]] = {
     "PSNR after 1 step, dB": lambda row: _pair(row["psnr@1"]),
     "PSNR after 10 steps, dB": lambda row: _pair(row["psnr@10"]),
+    "below the tokenizer's ceiling after 10 steps, dB": lambda row: _pair(row["below_ceiling@10"]),
+    "moves told from latent actions": lambda row: _pair(row["action_probe"]),
     "position probe (DCI's I)": lambda row: _pair(row["position_probe"]),
     "leakage": lambda row: None if row["leakage"] is None else (row["leakage"], row["leakage_se"] or 0.0),
 }
@@ -155,7 +165,8 @@ def _pair(estimate: dict[str, Any] | None) -> tuple[float, float] | None:
 
 def _plot_agents(rows: list[dict[str, Any]], place: Path) -> None:
     """Each model's numbers over the number of agents, and the tokenizer's and copying's beside."""
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(5 * len(_PANELS), 4.2), constrained_layout=True)
+    figure, grid = plt.subplots(2, len(_PANELS) // 2, figsize=(16, 8.4), constrained_layout=True)
+    axes = grid.flatten()
     for axis, (title, value) in zip(axes, _PANELS.items(), strict=True):
         for model in dict.fromkeys(row["model"] for row in rows):
             points = [(row["agents"], value(row)) for row in rows if row["model"] == model]
@@ -165,7 +176,7 @@ def _plot_agents(rows: list[dict[str, Any]], place: Path) -> None:
                 axis.errorbar(agents, means, errors, marker="o", capsize=3, label=model, linewidth=1.5)
         for name, column, style in (("ceiling", "ceiling", ":"), ("copy the frame", None, "--")):
             key = column or ("copy@1" if "1 step" in title else "copy@10")
-            if "PSNR" in title:
+            if title.startswith("PSNR"):
                 known = sorted({row["agents"]: row[key]["mean"] for row in rows if row[key]}.items())
                 axis.plot(*zip(*known, strict=True), style, color="0.4", label=name)
         axis.set(title=title, xlabel="agents", xticks=sorted({row["agents"] for row in rows}))
@@ -178,7 +189,8 @@ def _plot_agents(rows: list[dict[str, Any]], place: Path) -> None:
 def _plot_models(rows: list[dict[str, Any]], place: Path) -> None:
     """A bar for each model."""
     height = 1.2 + 0.35 * len(rows)
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS) + 2, height), sharey=True)
+    figure, grid = plt.subplots(2, len(_PANELS) // 2, figsize=(15, 2 * height), sharey=True)
+    axes = grid.flatten()
     for axis, (title, value) in zip(axes, _PANELS.items(), strict=True):
         known = [(row["model"], *found) for row in rows if (found := value(row)) is not None]
         if known:

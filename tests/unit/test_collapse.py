@@ -18,6 +18,7 @@ from flam_core.config import Config, LossConfig
 from flam_core.learning.collapse import CollapseWatch, Finding, FindingName
 from flam_core.learning.losses import beta_at
 from flam_core.recipes import multigrid, smoke, tiny
+from flam_core.variants import no_motion
 
 Line = tuple[int, dict[str, float]]
 
@@ -60,7 +61,7 @@ TOKENIZER = [17.4, 17.4, 17.5, 21.5, 22.2, 26.6, 29.6, 36, 38.2, 39.4, 40.3, 41,
 
 
 def config(steps: int = 1500, warmup: tuple[float, float] = (0.6, 1.0), **model: Any) -> Config:
-    start = tiny()
+    start = no_motion(tiny())
     model = {"factors": 4, "latent_width": 64} | model
     return replace(
         start,
@@ -342,7 +343,7 @@ def test_the_state_stays_small_however_long_the_run() -> None:
 @pytest.mark.parametrize("recipe", [tiny, multigrid])
 @pytest.mark.parametrize("model", [{}, {"latent": "vq"}, {"state": "patches", "factors": 1}, {"state": "patches"}])
 def test_what_is_advised_is_a_setting_that_is_not_taken_yet(recipe: Any, model: dict[str, Any]) -> None:
-    start = recipe()
+    start = no_motion(recipe())
     settings = replace(
         start, model=replace(start.model, **model), loss=replace(start.loss, bridge=0.0, slot_prediction=0.0)
     )

@@ -182,7 +182,7 @@ def test_imagined_futures_follow_the_seed_and_can_be_replayed(latent: str) -> No
 
 def small() -> Config:
     """A recipe with all that a variant must undo, small enough to train here."""
-    loss = LossConfig(bridge=1.0, slot_prediction=0.1, motion=0.1)
+    loss = LossConfig(bridge=1.0, slot_prediction=0.1)
     model = replace(CONFIG.model, slot_start="motion", motion_readout=True, width=32, heads=4)
     return replace(CONFIG, model=model, loss=loss, slot_hold=0.3)
 
