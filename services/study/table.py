@@ -157,6 +157,8 @@ _PANELS: dict[str, Callable[[dict[str, Any]], tuple[float, float] | None]] = {
     "leakage": lambda row: None if row["leakage"] is None else (row["leakage"], row["leakage_se"] or 0.0),
 }
 
+_SHARES = ("moves told from latent actions", "position probe (DCI's I)", "leakage")
+
 
 def _pair(estimate: dict[str, Any] | None) -> tuple[float, float] | None:
     """Mean and error bar."""
@@ -168,18 +170,21 @@ def _plot_agents(rows: list[dict[str, Any]], place: Path) -> None:
     figure, grid = plt.subplots(2, len(_PANELS) // 2, figsize=(16, 8.4), constrained_layout=True)
     axes = grid.flatten()
     for axis, (title, value) in zip(axes, _PANELS.items(), strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
+        for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
             points = [(row["agents"], value(row)) for row in rows if row["model"] == model]
             known = sorted((agents, *found) for agents, found in points if found is not None)
             if known:
                 agents, means, errors = zip(*known, strict=True)
-                axis.errorbar(agents, means, errors, marker="o", capsize=3, label=model, linewidth=1.5)
+                style = {"marker": "o", "capsize": 3, "linewidth": 1.5, "color": f"C{number}"}  # in all panels alike
+                axis.errorbar(agents, means, errors, label=model, **style)
         for name, column, style in (("ceiling", "ceiling", ":"), ("copy the frame", None, "--")):
             key = column or ("copy@1" if "1 step" in title else "copy@10")
             if title.startswith("PSNR"):
                 known = sorted({row["agents"]: row[key]["mean"] for row in rows if row[key]}.items())
                 axis.plot(*zip(*known, strict=True), style, color="0.4", label=name)
         axis.set(title=title, xlabel="agents", xticks=sorted({row["agents"] for row in rows}))
+        if title in _SHARES:
+            axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(place, dpi=110)
