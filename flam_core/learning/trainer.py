@@ -21,6 +21,7 @@ from flam_core.learning.meters import tokenizer_meters
 from flam_core.learning.recompute import recompute
 from flam_core.learning.schedule import autocast_dtype, learning_rate
 from flam_core.learning.state import TrainState
+from flam_core.learning.trained import load_trained
 from flam_core.model import Dynamics, Flam
 from flam_core.model.latent_action import GaussianLatent, VQLatent
 from flam_core.model.warm_start import moving_prototypes
@@ -390,15 +391,6 @@ class Trainer:
         (model.tokenizer if self._prepared_stage == 0 else model.dynamics).load_state_dict(mean, strict=False)
         model.train(self.model.training)
         return model
-
-
-def load_trained(model: Flam, state: TrainState) -> None:
-    """Give a model what the training so far gives: weights, or their running mean. Raises DataError if they do not fit
-    the model or are damaged."""
-    weights_from_bytes(model, state.model)
-    if state.mean is not None:
-        part = model.tokenizer if state.meta["stage"] == 0 else model.dynamics
-        part.load_state_dict(safetensors.torch.load(state.mean), strict=False)
 
 
 def _hash(*values: int | str) -> int:

@@ -17,7 +17,7 @@ from flam_core.evaluation.evaluate import Evaluation
 from flam_core.evaluation.reconstruction import evaluate_tokenizer
 from flam_core.evaluation.report import write_report
 from flam_core.evaluation.stats import error_key
-from flam_core.learning.trainer import load_trained
+from flam_core.learning.trained import load_trained
 from flam_core.model import Flam
 from flam_core.model.tokenizer import Tokenizer
 from flam_core.saved_model import save_model, save_tokenizer

@@ -11,6 +11,7 @@ import pytest
 from services.sweep.analysis import differences, wanted_factors
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+CELLS = RESULTS / "cells"
 
 
 def committed(name: str) -> dict[str, Any]:
@@ -45,3 +46,31 @@ def test_flams_policy_beats_cloning_where_labels_are_few_and_is_not_behind_where
     assert row["seeds"] == 3
     assert row["over_bc"]["mean"] > 0
     assert (row["over_bc"]["low"] > 0) == shown
+
+
+def factoring() -> dict[tuple[str, int], dict[str, Any]]:
+    return {(row["model"], row["agents"]): row for row in committed("factoring.json")["rows"]}
+
+
+@pytest.mark.parametrize("agents", [2, 4, 8])
+def test_flam_is_at_the_ceiling_whatever_the_number_of_agents(agents: int) -> None:
+    row = factoring()["flam", agents]
+    assert row["below_ceiling@1"]["mean"] <= 1
+    assert row["below_ceiling@10"]["mean"] <= 1
+    assert row["psnr@50"]["mean"] >= row["ceiling"]["mean"] - 1
+    assert row["action_probe"]["mean"] >= 0.95
+    assert row["leakage"] <= 0.05
+
+
+def test_one_latent_action_for_all_is_far_behind_where_many_act() -> None:
+    rows = factoring()
+    monolithic = [rows[model, 4]["psnr@10"]["mean"] for model in ("monolithic-gaussian", "monolithic-vq")]
+    assert rows["flam", 4]["psnr@10"]["mean"] >= max(monolithic) + 15
+
+
+def test_how_far_a_row_is_below_the_ceiling_is_what_its_trainings_say() -> None:
+    for (model, agents), row in factoring().items():
+        cells = [json.loads(place.read_text())["metrics"] for place in CELLS.glob(f"{model}-agents{agents}-seed*.json")]
+        gaps = [one["ceiling/psnr@10"] - one["rollout/psnr@10"] for one in cells]
+        assert row["seeds"] == len(cells)
+        assert row["below_ceiling@10"]["mean"] == pytest.approx(sum(gaps) / len(gaps))
