@@ -106,8 +106,10 @@ class ModelConfig:
     slot_competition: Literal["slots", "dual"] = "slots"
     """Over what a patch's attention is normalised. "slots": the paper's softmax over slots. "dual": that, times a
     softmax over patches, so that a small entity stands out although nothing else claims the background."""
-    slot_start: Literal["random", "motion"] = "random"
-    """Where the learned starts of the slots begin: anywhere (the paper), or one on each kind of moving patch."""
+    slot_start: Literal["random", "motion", "slow"] = "random"
+    """Where slots begin. "random": anywhere (the paper). "motion": one on each kind of moving patch. "slow": likewise,
+    where kinds are told apart by what stays the same of a thing as it moves, and a slot keeps looking for its kind
+    beside what it learns to look for: for things that move by less than a patch."""
     slot_focus: float = 1.0
     """Power that a slot's weights over patches are raised to. 1 is the paper's; from 2 on, a slot reads one compact
     thing, so that one slot cannot carry all entities."""
@@ -138,6 +140,10 @@ class ModelConfig:
     true_actions: tuple[int, int, int] | None = None
     """Of latent "true": entities, numbers of an entity's action, and kinds of a discrete action (0: the numbers are
     values)."""
+    slot_place: bool = False
+    """The first two numbers of a slot are the centre of what it reads, and the inverse dynamics are given how far that
+    moves. Of a thing that moves by a fraction of a patch, that is else a small difference of large numbers, which takes
+    long to find. False: slots say where they are as they like (the paper)."""
     motion_readout: bool = False
     """A linear map, trained with `loss.motion`, reads off latent actions how far their slots move. Without it (the
     paper) a latent action may mean something else at each place."""
@@ -196,6 +202,11 @@ class ModelConfig:
             raise SettingsError(
                 f"model.motion_readout with model.state {self.state} and model.latent {self.latent}",
                 fix="It is about slots with latent actions: turn it off.",
+            )
+        if self.slot_place and (self.state == "patches" or self.width < 3):
+            raise SettingsError(
+                f"model.slot_place with model.state {self.state} and model.width {self.width}",
+                fix="It is about slots, of which two numbers are the place: turn it off, or give wider slots.",
             )
         if (self.latent == "true") != (self.true_actions is not None):
             raise SettingsError(

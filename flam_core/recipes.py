@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from flam_core.config import Config, LossConfig, ModelConfig, StageConfig, TokenizerConfig
 from flam_core.config_evaluation import EvaluationConfig
@@ -64,6 +65,29 @@ def tiny() -> Config:
     )
 
 
+def procgen() -> Config:
+    """bigfish and starpilot at 64 px: tiny, for things that move by a fraction of a patch.
+
+    Command: `python jobs/train.py procgen --data data/bigfish`, on data of `jobs/ingest.py`. Hardware: 2 CPU cores, a
+    quarter of an hour. docs/policy.md has what its latent actions tell of the player.
+    """
+    recipe = tiny()
+    return replace(
+        recipe,
+        recipe="procgen",
+        tokenizer=replace(recipe.tokenizer, frame_size=64, unshuffle=2),
+        model=replace(
+            recipe.model,
+            factors=6,
+            latent_width=96,
+            slot_start="slow",
+            slot_focus=1.0,
+            slot_place=True,
+        ),
+        flam_stage=replace(recipe.flam_stage, steps=1200, batch_clips=8),
+    )
+
+
 def smoke() -> Config:
     """A few steps of everything, to see that a cluster works. Learns nothing worth having.
 
@@ -98,7 +122,7 @@ def multigrid() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {f.__name__: f for f in (tiny, smoke, multigrid)}
+RECIPES: dict[str, Callable[[], Config]] = {f.__name__: f for f in (tiny, procgen, smoke, multigrid)}
 
 
 def get_recipe(name: str) -> Config:

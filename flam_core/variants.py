@@ -154,7 +154,7 @@ def _without_slots(config: Config, **changes: object) -> Config:
     Latent actions are never frozen: where FLAM's are settled, a rival's still get better (docs/devlog.md, 30 November).
     """
     target = dynamics_weights(config.model, config.tokenizer)
-    model = replace(config.model, state="patches", motion_readout=False, **changes)  # pyright: ignore[reportArgumentType] - by name
+    model = replace(config.model, state="patches", motion_readout=False, slot_place=False, **changes)  # pyright: ignore[reportArgumentType] - by name
     model = equal_weights(model, config.tokenizer, target)
     loss = replace(config.loss, bridge=0.0, slot_prediction=0.0)
     return replace(config, model=model, loss=loss, slot_hold=0.0, latent_freeze=1.0)

@@ -3,7 +3,7 @@
     python jobs/study.py factoring                      # FLAM and its rivals on grids with 2, 4 and 8 agents
     python jobs/study.py factoring --models flam monolithic-vq --agents 4 --seeds 1
     python jobs/study.py ablations                      # FLAM with one thing changed at a time
-    python jobs/study.py factoring --recipe multigrid --gpus 1 --cells 8
+    python jobs/study.py factoring --recipe multigrid --gpus 1 --tasks 8
 
 A study that was stopped goes on where it was: the same command again does what is not done. The table, the CSV, the
 plot and the result of each training go to docs/results/, or where --out says. Another --out and another --folder do all
@@ -40,11 +40,6 @@ class Ablations:
     """FLAM with one thing changed at a time, with four agents."""
 
     settings: Annotated[StudySettings, tyro.conf.arg(name="")] = field(default_factory=StudySettings)
-
-
-Study = (
-    Annotated[Factoring, tyro.conf.subcommand("factoring")] | Annotated[Ablations, tyro.conf.subcommand("ablations")]
-)
 
 
 @dataclass(frozen=True)

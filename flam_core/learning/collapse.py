@@ -369,7 +369,7 @@ def _bind(config: Config) -> list[tuple[str, bool]]:
     return [
         (
             "--model.slot_start motion --slot_hold 0.3",
-            slots and (model.slot_start != "motion" or config.slot_hold == 0),
+            slots and (model.slot_start == "random" or config.slot_hold == 0),
         ),
         ("--tokenizer.whitening 1.0", slots and (tokenizer.whitening is None or tokenizer.whitening < 1)),
         ("--model.slot_competition dual --model.slot_sharpness 8", slots and model.slot_competition != "dual"),

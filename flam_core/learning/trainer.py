@@ -24,7 +24,6 @@ from flam_core.learning.state import TrainState
 from flam_core.learning.trained import load_trained
 from flam_core.model import Dynamics, Flam
 from flam_core.model.latent_action import GaussianLatent, VQLatent
-from flam_core.model.warm_start import moving_prototypes
 from flam_core.ranks import (
     Share,
     add_up,
@@ -323,10 +322,9 @@ class Trainer:
         """
         tokenizer = self.model.tokenizer
         tokenizer.standardise(add_up(tokenizer.moments(frames_u8)))
-        if isinstance(self.model.dynamics, Dynamics) and self.config.model.slot_start == "motion":
+        if isinstance(self.model.dynamics, Dynamics) and self.config.model.slot_start != "random":
             z = gathered(self.model.encode(frames_u8).contiguous())
-            prototypes = moving_prototypes(z, self.config.model.factors, self.config.seed)
-            self.model.dynamics.factorizer.start_from(prototypes)
+            self.model.dynamics.factorizer.begin(z, self.config.seed)
 
     def state(self) -> TrainState | None:
         """What a checkpoint holds; None on other ranks than the first. All ranks must call it."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flam_core.config import ModelConfig
 from flam_core.model.attention import Attention, FeedForward, SpatialBlock, TemporalBlock
 from flam_core.model.latent_action import LatentActions, make_latent
+from flam_core.model.places import fine_moves
 
 
 class InverseDynamics(nn.Module):
@@ -32,6 +33,7 @@ class InverseDynamics(nn.Module):
         self.spatial = nn.ModuleList(SpatialBlock(width, config.heads) for _ in range(mixing))
         self.temporal = nn.ModuleList(TemporalBlock(width, config.heads, config.temporal_window) for _ in range(blocks))
         self.norm = nn.LayerNorm(width) if blocks else nn.Identity()
+        self.moves = nn.Linear(2, width) if config.slot_place and blocks else None
         self.latent = make_latent(config)
 
     def forward(self, slots_btkd: Tensor) -> LatentActions:
@@ -44,7 +46,10 @@ class InverseDynamics(nn.Module):
             h, track = h[:, :-1], h
         for block in self.temporal:
             h = block(h, track, offset=1)
-        return self.latent(self.norm(h))
+        h = self.norm(h)
+        if self.moves is not None:
+            h = h + self.moves(fine_moves(slots_btkd))
+        return self.latent(h)
 
 
 class _ForwardBlock(nn.Module):

@@ -14,7 +14,7 @@ from flam_core.model.dynamics import Aggregator, ForwardDynamics, InverseDynamic
 from flam_core.model.factorizer import Factorizer
 from flam_core.model.latent_action import LatentActions
 from flam_core.model.patches import PatchDynamics
-from flam_core.model.places import MotionReadout
+from flam_core.model.places import ALL, FOCUS, MotionReadout, moves
 from flam_core.model.prediction import Prediction
 from flam_core.model.prior import ActionPrior
 from flam_core.model.tokenizer import Tokenizer
@@ -74,7 +74,9 @@ class Dynamics(nn.Module):
             start = z_btpc.shape[1] - rollout_steps
             rolled = self.rollout(z_btpc[:, start - 1], slots[:, :start], actions.sample)
         nll = None if self.prior is None else self.prior(slots[:, :-1], actions)
-        motion = None if self.motion is None else self.motion(actions.sample, weights)
+        motion = None
+        if self.motion is not None:
+            motion = self.motion(actions.sample, moves(weights, ALL if self.config.slot_place else FOCUS))
         return Prediction(slots, masks, actions, next_slots, next_z, bridged, nll, motion), rolled
 
     def rollout(self, z: Tensor, slots: Tensor, actions: Tensor) -> Tensor:

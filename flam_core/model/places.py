@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_FOCUS = 4.0
+FOCUS = 4.0
 """Power that weights are raised to: a faint look at all of the background would weigh as much as an entity else."""
+ALL = 1.0
+"""The power for slots that see no background: where a thing lies to a fraction of a patch is told by how much of it is
+in which patch."""
+_SPREAD = 4.0
+"""Of the place in a slot: it runs from -2 to 2, as widely as the slot's other numbers."""
+_FINE = 16.0
 
 
-def centres(weights: Tensor) -> Tensor:
+def centres(weights: Tensor, focus: float = FOCUS) -> Tensor:
     """Centres (x, y) float32 [..., 2] of weights [..., P] over a square grid, in shares of the frame's side.
 
     Of what slots read (`Flam.look`), not of their masks: the centre of a mask moves with its entity where the mask
@@ -19,8 +25,27 @@ def centres(weights: Tensor) -> Tensor:
     grid = round(weights.shape[-1] ** 0.5)
     place = (torch.arange(grid, device=weights.device) + 0.5) / grid
     at = torch.stack([place.repeat(grid), place.repeat_interleave(grid)], dim=-1)
-    sharp = (weights.float() / weights.float().amax(dim=-1, keepdim=True).clamp_min(1e-12)) ** _FOCUS
+    sharp = (weights.float() / weights.float().amax(dim=-1, keepdim=True).clamp_min(1e-12)) ** focus
     return (sharp @ at) / sharp.sum(dim=-1, keepdim=True)
+
+
+def moves(weights: Tensor, focus: float = FOCUS) -> Tensor:
+    """How far the centres of what slots read move, float32 [B, T - 1, K, 2] in patches, of weights [B, T, K, P]."""
+    place = centres(weights, focus) * weights.shape[-1] ** 0.5
+    return place[:, 1:] - place[:, :-1]
+
+
+def with_place(slots: Tensor, weights: Tensor) -> Tensor:
+    """Slots [..., K, D] whose first two numbers are the centre of what they read, of weights [..., K, P]: what
+    `slot_place` asks for."""
+    place = _SPREAD * (centres(weights, ALL) - 0.5)
+    return torch.cat([place.to(slots.dtype), slots[..., 2:]], dim=-1)
+
+
+def fine_moves(slots: Tensor) -> Tensor:
+    """How the places in slots [B, T, K, D] change, [B, T - 1, K, 2], large enough for a move by a fraction of a patch
+    to stand beside other numbers: a sixteenth of the frame's side is 4."""
+    return _FINE * (slots[:, 1:, :, :2] - slots[:, :-1, :, :2])
 
 
 class MotionReadout(nn.Module):
@@ -35,8 +60,7 @@ class MotionReadout(nn.Module):
         super().__init__()
         self.linear = nn.Linear(action_dim, 2)
 
-    def forward(self, actions: Tensor, weights: Tensor) -> Tensor:
-        """Squared error [B, T - 1, K], in patches, of what actions [B, T - 1, K, A] say of the way from centre to
-        centre of what slots read, weights [B, T, K, P]. The weights get no gradient."""
-        place = centres(weights.detach()) * weights.shape[-1] ** 0.5
-        return (self.linear(actions).float() - (place[:, 1:] - place[:, :-1])).pow(2).sum(dim=-1)
+    def forward(self, actions: Tensor, moved: Tensor) -> Tensor:
+        """Squared error [B, T - 1, K], in patches, of what actions [B, T - 1, K, A] say of moves [B, T - 1, K, 2],
+        which get no gradient."""
+        return (self.linear(actions).float() - moved.detach().float()).pow(2).sum(dim=-1)

@@ -12,9 +12,11 @@ from flam_core.model.flam import Flam
 
 
 @torch.no_grad()
-def infer_latents(model: Flam, clips: Sequence[np.ndarray], batch: int = 8) -> np.ndarray:
+def infer_latents(model: Flam, clips: Sequence[np.ndarray], batch: int = 8, window: int = 0) -> np.ndarray:
     """Latent actions float32 [M, K, A] (posterior mean) of the M transitions of clips uint8 [T, H, W, 3], in order.
 
+    window: with so many transitions before and after each, in order of time: [M, K, (2 window + 1) A]. Beyond a clip's
+    ends they are zero.
     batch: clips of equal length that go through the model at a time. Raises SettingsError for a model without latent
     actions of its own, or for another frame size.
     """
@@ -38,5 +40,12 @@ def infer_latents(model: Flam, clips: Sequence[np.ndarray], batch: int = 8) -> n
         by_length = by_length[len(group) :]
         frames = torch.from_numpy(np.stack([clips[i] for i in group])).to(device)
         latents = model.infer_actions(model.slots(model.encode(frames))[0]).float().cpu().numpy()
-        found |= dict(zip(group, latents, strict=True))
+        found |= dict(zip(group, _with_neighbours(latents, window), strict=True))
     return np.concatenate([found[i] for i in range(len(clips))])
+
+
+def _with_neighbours(latents: np.ndarray, window: int) -> np.ndarray:
+    """[B, T, K, (2 window + 1) A] of latent actions [B, T, K, A]."""
+    length = latents.shape[1]
+    padded = np.pad(latents, ((0, 0), (window, window), (0, 0), (0, 0)))
+    return np.concatenate([padded[:, i : i + length] for i in range(2 * window + 1)], axis=-1)

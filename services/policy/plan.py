@@ -53,10 +53,10 @@ class PolicySettings:
     """Infer latent actions with this model (a folder, a run, models:/NAME@ALIAS), instead of training one a seed."""
     tracking: str | None = None
     """MLflow's address, for models:/...; default MLFLOW_TRACKING_URI, else an SQLite file beside the outputs."""
-    recipe: str = "tiny"
-    """Of the FLAM that is trained; factors and frame size follow the world."""
+    recipe: str | None = None
+    """Of the FLAM that is trained; the frame size follows the world. None: tiny on grid, procgen elsewhere."""
     factors: int | None = None
-    """K; None: one more than there are entities on grid, 8 on bigfish and starpilot."""
+    """K; None: one more than there are entities on grid, the recipe's elsewhere."""
     tokenizer_steps: int | None = None
     """Steps of stage 1; None: the recipe's."""
     steps: int | None = None
@@ -75,6 +75,9 @@ class PolicySettings:
     """Played by each policy, on levels that the data do not show."""
     play_steps: int | None = None
     """Of a game, at most; None: 64 on grid, 1000 elsewhere."""
+    window: int | None = None
+    """Transitions before and after one whose latent actions the decoder is given too; None: 0 on grid, 2 elsewhere,
+    where things have momentum, so that how one moves follows from actions of the past as well."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     folder: str = "outputs/policy"
     """Data, models and the result of each cell: what is there already is not done again."""
@@ -93,6 +96,8 @@ class PolicySettings:
         for name in ("seeds", "games", "tasks", "threads"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} = {getattr(self, name)}", fix="It must be at least 1.")
+        if self.window is not None and self.window < 0:
+            raise SettingsError(f"window = {self.window}", fix="It must not be negative.")
         for name, known in (("envs", tuple(ENVS)), ("methods", METHODS)):
             if odd := [one for one in getattr(self, name) if one not in known]:
                 raise SettingsError(f"--{name} {' '.join(odd)}", fix=f"Choose of {', '.join(known)}.")
@@ -115,6 +120,10 @@ class PolicySettings:
     def frames_of(self, env: str) -> int:
         """Frames of each."""
         return self.frames or (64 if env == "grid" else 512)
+
+    def window_of(self, env: str) -> int:
+        """Neighbouring transitions on each side that the decoder is given."""
+        return (0 if env == "grid" else 2) if self.window is None else self.window
 
     def play_steps_of(self, env: str) -> int:
         """Steps of a game."""
@@ -155,6 +164,7 @@ def policy_cells(settings: PolicySettings) -> list[Cell]:
                     known += [settings.episodes_of(env), settings.frames_of(env), given_values(settings.policy)]
                 if method == "flam":
                     known.append(model or given_values(flam_config(settings, env, seed)))
+                    known += [settings.window_of(env)] if settings.window_of(env) else []
                 digest = hashlib.sha256(canonical_json(known).encode()).hexdigest()
                 for labels in settings.labels if method in LABELLED else (None,):
                     cells.append(Cell(env, method, labels, seed, digest))
@@ -188,8 +198,9 @@ def data_name(settings: PolicySettings, env: str) -> str:
 
 def flam_config(settings: PolicySettings, env: str, seed: int) -> Config:
     """The recipe, with factors and frame size as the world asks for. Each factor keeps the recipe's latent width."""
-    recipe, world = get_recipe(settings.recipe), world_of(settings, env)
-    factors = settings.factors or (settings.others + 3 if env == "grid" else 8)
+    recipe = get_recipe(settings.recipe or ("tiny" if env == "grid" else "procgen"))
+    world = world_of(settings, env)
+    factors = settings.factors or (settings.others + 3 if env == "grid" else recipe.model.factors)
     model = replace(recipe.model, factors=factors, latent_width=factors * recipe.model.action_dim)
     first = recipe.tokenizer_stage.steps if settings.tokenizer_steps is None else settings.tokenizer_steps
     second = recipe.flam_stage.steps if settings.steps is None else settings.steps

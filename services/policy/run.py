@@ -91,7 +91,7 @@ def _run(
             seen[env] = read.remote(settings, env, data[env])
         if cell.method == "flam" and key not in latents:
             model = models[key] = given or train.remote(settings, env, cell.seed, data[env])
-            latents[key] = infer.remote(settings, model, seen[env])
+            latents[key] = infer.remote(settings, env, model, seen[env])
         known = seen[env] if cell.method in CLONED else None
         inferred, model = (latents[key], models[key]) if cell.method == "flam" else (None, None)
         running[measure.remote(settings, folder, cell, known, inferred, model)] = cell
@@ -143,10 +143,12 @@ def train_flam(settings: PolicySettings, env: str, seed: int, data: str) -> str:
     return str(place)
 
 
-def infer_actions(settings: PolicySettings, model: str, data: tuple[Demonstrations, Demonstrations]) -> np.ndarray:
-    """Latent actions float32 [M, K, A] of all train transitions. A Ray task."""
+def infer_actions(
+    settings: PolicySettings, env: str, model: str, data: tuple[Demonstrations, Demonstrations]
+) -> np.ndarray:
+    """Latent actions float32 [M, K, A] of all train transitions, with their neighbours'. A Ray task."""
     torch.set_num_threads(settings.threads)
-    return infer_latents(flam_core.load(model).to(_device(settings)), data[0].clips)
+    return infer_latents(flam_core.load(model).to(_device(settings)), data[0].clips, window=settings.window_of(env))
 
 
 def measure_cell(

@@ -29,7 +29,9 @@ FRAMES = 64
 _ABLATIONS = ("flam", "flam-vq", "no-temporal", "global-coupled", "no-motion")
 """Variants. K and beta are changed beside them."""
 _ABLATED_AGENTS = 4
-_BETAS = (1e-5, 2e-4, 1e-2, 3e-1)
+_BETAS = (1e-5, 1e-2, 3e-1)
+"""Beside the recipe's own, which `flam` has."""
+_CELLS = (6, 8)
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class StudySettings:
     """Trainings of each model."""
     models: tuple[str, ...] = ()
     """Only these; none: all of the study."""
-    cells: int = 6
-    """Cells along each side of the grid."""
+    cells: int | None = None
+    """Cells along each side of the grid; None: 6 where the recipe's frames can be split so, else 8."""
     walls: int = 3
     """Wall cells."""
     episodes: int = 800
@@ -69,8 +71,9 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "cells", "episodes", "tasks", "threads"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} = {getattr(self, name)}", fix="It must be at least 1.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} = {value}", fix="It must be at least 1.")
         if not self.agents or min(self.agents) < 1:
             raise SettingsError(f"agents = {self.agents}", fix="Give one or more numbers of agents.")
 
@@ -97,7 +100,8 @@ class Cell(NamedTuple):
 def world_options(settings: StudySettings, agents: int) -> dict[str, Any]:
     """Of the grid world with so many agents."""
     size = get_recipe(settings.recipe).tokenizer.frame_size
-    return {"agents": agents, "cells": settings.cells, "walls": settings.walls, "frame_size": size}
+    cells = settings.cells or next((cells for cells in _CELLS if size % cells == 0), _CELLS[0])
+    return {"agents": agents, "cells": cells, "walls": settings.walls, "frame_size": size}
 
 
 def data_digest(settings: StudySettings, agents: int) -> str:

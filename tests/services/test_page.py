@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Download, Page, sync_playwright
 
 import flam_core
 from flam_core.data.manifest import read_manifest
@@ -240,9 +240,16 @@ def test_it_runs_records_and_comes_back(page: Page, player: Played) -> None:
         assert image.format == "GIF"
         assert getattr(image, "n_frames", 1) == step + 1
         assert image.size == (2 * 288 + 12, 288)  # both models
-    with page.expect_download() as saved:
-        page.click("#actions")
-    assert len(json.loads(saved.value.path().read_text())["films"][0]["actions"]) == step
+    files: list[Download] = []
+    page.on("download", files.append)
+    page.click("#actions")
+    until(page, "document.getElementById('status').textContent === 'actions.json and actions-challenger.json saved.'")
+    while len(files) < 2:
+        page.wait_for_timeout(50)
+    assert [file.suggested_filename for file in files] == ["actions.json", "actions-challenger.json"]
+    records = [json.loads(file.path().read_text()) for file in files]
+    assert [len(record["films"][0]["actions"]) for record in records] == [step, step]
+    assert [record["model"] for record in records] == [f"models:/{NAME}@champion", str(player.models[2])]
     before = pixels(page)
     page.reload()
     at_step(page, step)  # the scene is kept for the tab

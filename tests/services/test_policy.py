@@ -115,6 +115,7 @@ def test_an_alias_is_asked_for_once(tmp_path: Path) -> None:
         ({"methods": ("ppo",)}, "Choose of flam, bc"),
         ({"labels": (1000,), "episodes": 40, "frames": 32}, "1000 labels, but grid has at most 992"),
         ({"labels": (10,)}, "at least 50"),
+        ({"window": -1}, "window = -1"),
         ({"walls": 20}, "goal: 20 walls"),
     ],
 )

@@ -80,10 +80,13 @@ def _seed() -> None:
     torch.manual_seed(7)
 
 
+@pytest.mark.parametrize("place", [False, True], ids=["", "place"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("latent", LATENTS)
-def test_an_action_depends_on_current_slots_and_on_its_own_track_up_to_the_next_frame(latent: str, window: int) -> None:
-    inverse = shaken(InverseDynamics(config(latent=latent, temporal_window=window)))
+def test_an_action_depends_on_current_slots_and_on_its_own_track_up_to_the_next_frame(
+    latent: str, window: int, place: bool
+) -> None:
+    inverse = shaken(InverseDynamics(config(latent=latent, temporal_window=window, slot_place=place)))
     slots = source(2, FRAMES, FACTORS, WIDTH)
     actions = inverse(slots)
     own_track = same_slot & (t_in <= t_out + 1) & (t_in > t_out + 1 - window)
@@ -94,10 +97,11 @@ def test_an_action_depends_on_current_slots_and_on_its_own_track_up_to_the_next_
         assert_depends_exactly_on(wanted, strengths(actions.mean, slots))
 
 
+@pytest.mark.parametrize("place", [False, True], ids=["", "place"])
 @pytest.mark.parametrize("latent", LATENTS)
-def test_another_slots_next_value_leaves_inferred_actions_bit_equal(latent: str) -> None:
+def test_another_slots_next_value_leaves_inferred_actions_bit_equal(latent: str, place: bool) -> None:
     # Gradients do not see what rounding to a code hides; an intervention does.
-    inverse = shaken(InverseDynamics(config(latent=latent, codebook=64)))
+    inverse = shaken(InverseDynamics(config(latent=latent, codebook=64, slot_place=place)))
     slots = torch.randn(8, 2, FACTORS, WIDTH, dtype=torch.float64)
     before = inverse(slots)
     for changed in range(FACTORS):

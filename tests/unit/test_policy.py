@@ -298,6 +298,13 @@ def test_latents_are_those_of_each_clip_alone_in_order() -> None:
     assert found.shape == (4 + 2 + 4 + 3, recipe.model.factors, recipe.model.action_dim)
     alone = [model.infer_actions(model.slots(model.encode(torch.from_numpy(clip)[None]))[0])[0] for clip in clips]
     assert found == pytest.approx(torch.cat(alone).numpy(), abs=1e-4)
+    wide = infer_latents(model, clips, batch=2, window=1)
+    before, own, after = np.split(wide, 3, axis=-1)
+    assert np.array_equal(own, found)
+    assert np.array_equal(after[:3], found[1:4])  # of the first clip
+    assert np.array_equal(before[1:4], found[:3])
+    assert not before[4].any()  # the second clip's first transition has none before it
+    assert not after[5].any()
     with pytest.raises(SettingsError, match="48x48"):
         infer_latents(model, [clips[0][:, :32, :32]])
 

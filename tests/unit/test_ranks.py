@@ -109,9 +109,10 @@ def close(one: TrainState, other: TrainState) -> None:
     "changes",
     [
         {"slot_start": "motion", "beta": 1e-2, "rollout_steps": 1, "latent_freeze": 0.75},
+        {"slot_start": "slow", "slot_place": True, "beta": 1e-2, "rollout_steps": 1, "latent_freeze": 0.75},
         {"latent": "vq", "codebook_decay": 0.9, "codebook_revival": 0.9, "codebook_centring": True},
     ],
-    ids=["gaussian", "vq"],
+    ids=["gaussian", "slow", "vq"],
 )
 def test_any_number_of_ranks_learns_the_same_from_the_same_clips(changes: dict[str, Any]) -> None:
     chosen = settings(**changes)

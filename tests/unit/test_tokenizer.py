@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from flam_core.config import ModelConfig, TokenizerConfig
 from flam_core.errors import SettingsError
 from flam_core.model import Flam, Tokenizer
 from flam_core.model.fsq import FSQ
-from flam_core.model.warm_start import moving_prototypes
+from flam_core.model.warm_start import moving_prototypes, slow_start
 
 TOKENIZER = TokenizerConfig(frame_size=24, unshuffle=4, channels=(8,), feature_dim=6)
 MODEL = ModelConfig(factors=3, width=16, heads=2, blocks=2, iterations=2, latent_width=12)
@@ -321,3 +322,45 @@ def test_starts_are_found_where_nothing_moves() -> None:
     starts = moving_prototypes(torch.randn(2, 1, 9, 4).expand(-1, 5, -1, -1), 3, seed=0)
     assert starts.isfinite().all()
     assert len(starts.unique(dim=0)) == 3
+
+
+def drifting(kinds: Tensor, looks: Tensor, *, clips: int = 12, frames: int = 5, side: int = 12) -> Tensor:
+    """Features [clips, frames, side * side, C]: of each kind a thing that drifts by fractions of a patch.
+
+    A patch shows as much of a kind as lies in it, and beside that, four times as strong, how the thing lies in it.
+    """
+    at = 2 + (side - 5) * torch.rand(clips, len(kinds), 2)
+    speed = 0.6 * torch.rand(clips, len(kinds), 2) - 0.3
+    z = torch.zeros(clips, frames, side, side, kinds.shape[1])
+    for clip, t, kind in itertools.product(range(clips), range(frames), range(len(kinds))):
+        place = at[clip, kind] + t * speed[clip, kind]
+        corner, part = place.floor().long(), place - place.floor()
+        for down, right in itertools.product((0, 1), (0, 1)):
+            share = (part[0] if down else 1 - part[0]) * (part[1] if right else 1 - part[1])
+            lies = 4 * share * torch.sin(6.3 * torch.tensor([part[0], part[1], part[0] + part[1]]) + down + 2 * right)
+            z[clip, t, corner[0] + down, corner[1] + right] += share * kinds[kind] + lies @ looks
+    return z.flatten(2, 3)
+
+
+def test_things_that_move_by_less_than_a_patch_are_told_apart_by_what_lasts() -> None:
+    base = torch.linalg.qr(torch.randn(8, 8)).Q
+    kinds, looks = base[:3], base[3:6]
+    z = drifting(kinds, looks)
+    start = slow_start(z, 3, seed=0)
+    assert start.kinds.norm(dim=-1).allclose(torch.ones(3))
+    shown = torch.nn.functional.normalize(kinds @ start.directions, dim=-1) @ start.kinds.T
+    assert sorted(shown.argmax(dim=1).tolist()) == [0, 1, 2]  # each thing has a slot of its own
+    assert shown.amax(dim=1).min() > 0.95
+    lengths = {name: (rows @ start.directions).norm(dim=-1) for name, rows in (("kinds", kinds), ("looks", looks))}
+    assert lengths["looks"].max() < 0.2 * lengths["kinds"].min()
+    apart = moving_prototypes(z, 3, seed=0)  # which sees how things lie
+    seen = torch.nn.functional.normalize(apart, dim=-1) @ kinds.T
+    assert seen.amax(dim=1).max() < 0.8
+
+
+def test_a_slow_start_is_found_where_nothing_moves_and_of_few_channels() -> None:
+    for z in (torch.randn(2, 1, 9, 4).expand(-1, 5, -1, -1), torch.randn(2, 5, 9, 1), torch.zeros(2, 5, 9, 4)):
+        start = slow_start(z, 3, seed=0)
+        assert start.directions.isfinite().all()
+        assert start.kinds.shape == (3, start.directions.shape[1])
+        assert start.kinds.isfinite().all()

@@ -156,9 +156,10 @@ def test_a_restored_run_continues_bit_for_bit(latent: str, at: int) -> None:
     assert resumed.consumed_by_all() == unbroken.consumed_by_all()
 
 
+@pytest.mark.parametrize("kind", ["motion", "slow"])
 @pytest.mark.parametrize("at", [STAGE_1, STAGE_1 + 1])
-def test_slots_that_started_from_motion_and_were_held_continue_bit_for_bit(at: int) -> None:
-    settings = config(slot_start="motion", slot_hold=0.5)
+def test_slots_that_started_from_motion_and_were_held_continue_bit_for_bit(at: int, kind: str) -> None:
+    settings = config(slot_start=kind, slot_place=kind == "slow", slot_hold=0.5)
     unbroken, state = started(settings, until=STAGE_1 + STAGE_2), started(settings, until=at).state()
     resumed = Trainer(settings, CPU)
     resumed.restore(state)

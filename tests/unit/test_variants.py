@@ -234,6 +234,7 @@ def test_an_unknown_variant_is_named_with_the_nearest() -> None:
         {"state": "patches", "coupling": "global"},
         {"state": "patches", "motion_readout": True},
         {"latent": "none", "motion_readout": True},
+        {"state": "patches", "slot_place": True},
         {"codebook_decay": 1.0},
         {"codebook_revival": 1.0},
         {"prior_components": 0},

@@ -41,4 +41,4 @@ export const step = (session, body) => ask("POST", `sessions/${session}/step`, b
 export const undo = (session) => ask("POST", `sessions/${session}/undo`);
 export const reset = (session, start) => ask("POST", `sessions/${session}/reset`, start);
 export const film = (session, since) => ask("GET", `sessions/${session}/film.gif?since=${since}`, undefined, "blob");
-export const actions = (session) => ask("GET", `sessions/${session}/actions.json`, undefined, "blob");
+export const actions = (session, side) => ask("GET", `sessions/${session}/actions.json?side=${side}`, undefined, "blob");

@@ -321,9 +321,12 @@ function record() {
   });
 }
 
+const ACTIONS = ["actions.json", "actions-challenger.json"]; // each side has slots, and so actions, of its own
 const saveActions = () => ask(async () => {
-  save(await api.actions(state.scene.session), "actions.json");
-  say("actions.json saved.");
+  const names = ACTIONS.slice(0, screens.length);
+  const files = await Promise.all(names.map((_, side) => api.actions(state.scene.session, side)));
+  files.forEach((file, side) => save(file, names[side]));
+  say(`${names.join(" and ")} saved.`);
 });
 
 // A file that the server gave, among the browser's downloads. A link to the server would not say why it refuses.
