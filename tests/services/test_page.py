@@ -241,7 +241,7 @@ def test_it_runs_records_and_comes_back(page: Page, player: Played) -> None:
         assert getattr(image, "n_frames", 1) == step + 1
         assert image.size == (2 * 288 + 12, 288)  # both models
     files: list[Download] = []
-    page.on("download", files.append)
+    page.on("download", lambda file: files.append(file))  # a method of a list it cannot take
     page.click("#actions")
     until(page, "document.getElementById('status').textContent === 'actions.json and actions-challenger.json saved.'")
     while len(files) < 2:
