@@ -7,7 +7,7 @@ or never (docs/devlog.md). Things that move are what latent actions are about, a
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,19 +34,13 @@ def moving_prototypes(z_btpc: Tensor, count: int, seed: int) -> Tensor:
     is background). Not by direction: things that differ in brightness alone would share a start (docs/devlog.md).
     Where fewer than `count` things move, the rest are the patches of the sample that are least like those found.
     """
-    from sklearn.cluster import KMeans  # a second, once in a run, which no other start need wait for
-    from sklearn.exceptions import ConvergenceWarning
-
     patches = z_btpc[:, 1:].flatten(0, 2).double()
     energy = patches.pow(2).sum(dim=-1)
     changed = (z_btpc[:, 1:] - z_btpc[:, :-1]).double().pow(2).sum(dim=-1).flatten()
     arrived = patches[(changed > 0.5 * energy) & (energy > energy.mean())]
     if len(arrived) < count:  # hardly anything moves in this sample: then anything may be a start
         arrived = patches
-    means = KMeans(count, n_init=16, random_state=seed)  # pyright: ignore[reportArgumentType] - the stub wants "auto"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer kinds than clusters, which is seen to below
-        labels = torch.from_numpy(means.fit_predict(arrived.cpu().numpy())).to(arrived.device)
+    labels = torch.from_numpy(_clusters(arrived, count, seed).labels_).to(arrived.device)  # fewer kinds: see below
     sizes = torch.bincount(labels, minlength=count)
     same = _SAME * energy.mean().sqrt()
     found: list[Tensor] = []
@@ -78,9 +72,6 @@ def slow_start(z_btpc: Tensor, count: int, seed: int) -> SlowStart:
     (slow feature analysis, Wiskott and Sejnowski 2002), two or more, `count` at most, and k-means of moving patches
     by their direction there, since a patch that a thing fills by half shows half of it.
     """
-    from sklearn.cluster import KMeans  # a second, once in a run, which no other start need wait for
-    from sklearn.exceptions import ConvergenceWarning
-
     z = z_btpc.double()
     z = z - z.flatten(0, 2).median(dim=0).values  # mostly background, which is not to fade at the frame's edge
     sums = _around(z)
@@ -99,13 +90,21 @@ def slow_start(z_btpc: Tensor, count: int, seed: int) -> SlowStart:
     arrived = (changed.square() > 0.5 * lengths[:, 1:].square()) & (lengths[:, 1:] > lengths.mean())
     moving = patches[:, 1:][arrived] if int(arrived.sum()) >= count else patches.flatten(0, 2)
     size = moving.norm(dim=-1).clamp_min(1e-12)
-    means = KMeans(count, n_init=16, random_state=seed)  # pyright: ignore[reportArgumentType] - the stub wants "auto"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer kinds than clusters: then some are alike
-        means.fit((moving / size[:, None]).cpu().numpy(), sample_weight=size.cpu().numpy())
-    kinds = F.normalize(torch.from_numpy(means.cluster_centers_).to(z), dim=-1)
+    found = _clusters(moving / size[:, None], count, seed, size)
+    kinds = F.normalize(torch.from_numpy(found.cluster_centers_).to(z), dim=-1)
     full = size.quantile(_FULL).clamp_min(1e-6)
     return SlowStart((directions / full).to(z_btpc.dtype), kinds.to(z_btpc.dtype))
+
+
+def _clusters(rows: Tensor, count: int, seed: int, weights: Tensor | None = None) -> Any:
+    """scikit-learn's KMeans, fitted to rows [n, C] with weights [n]. Of fewer kinds, some clusters are empty."""
+    from sklearn.cluster import KMeans  # a second, once in a run, which no other start need wait for
+    from sklearn.exceptions import ConvergenceWarning
+
+    means = KMeans(count, n_init=16, random_state=seed)  # pyright: ignore[reportArgumentType] - the stub wants "auto"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # which is how it says so
+        return means.fit(rows.cpu().numpy(), sample_weight=None if weights is None else weights.cpu().numpy())
 
 
 def _around(z_btpc: Tensor) -> Tensor:
