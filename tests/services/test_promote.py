@@ -146,6 +146,31 @@ def test_two_promotions_at_once_cannot_both_win(shelf: Shelf) -> None:
     assert (shelf.alias("champion"), shelf.alias("previous")) == (won[0], bad)
 
 
+def test_of_many_who_take_the_lock_at_once_one_has_it_and_the_others_are_told_why(shelf: Shelf) -> None:
+    """Some are refused by the database itself, which two promotions at once show only now and then."""
+    shelf.put(model(), "one")
+    many = 4
+    start = threading.Barrier(many)
+    outcomes: list[str] = []
+
+    def take() -> None:
+        champions = Champions(shelf.tracking.uri, shelf.name)
+        start.wait()
+        try:
+            with champions.lock():
+                outcomes.append("mine")
+        except EnvironmentFault as error:
+            outcomes.append(error.what)
+
+    threads = [threading.Thread(target=take) for _ in range(many)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("mine") == 1
+    assert sum("another promotion of" in outcome for outcome in outcomes) == many - 1
+
+
 def test_a_champion_that_changed_meanwhile_is_not_replaced(shelf: Shelf) -> None:
     versions = [shelf.put(model(noise=noise), f"run-{noise}") for noise in (0.3, 0.1, 0.0)]
     shelf.crown(versions[0])
