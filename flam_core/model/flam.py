@@ -251,7 +251,7 @@ class Flam(nn.Module):
         like = next(self.parameters())
         model = Flam(self.tokenizer.config, smaller).to(like.device, like.dtype)
         weights = self.state_dict()
-        for name in ("factorizer.initial", "inverse.latent.centre"):
+        for name in ("factorizer.initial", "factorizer.looked_for", "inverse.latent.centre"):
             if f"dynamics.{name}" in weights:
                 weights[f"dynamics.{name}"] = weights[f"dynamics.{name}"][keep]
         model.load_state_dict(weights)

@@ -69,17 +69,22 @@ def test_a_model_without_slots_is_refused() -> None:
         prune(cast(Flam, PatchPuppets()), puppet_clips(4), CONFIG, seed=0)
 
 
-@pytest.mark.parametrize("latent", ["gaussian", "vq"])
-def test_a_slot_that_stays_is_what_it_was(latent: str) -> None:
-    """Its start and its centre go with it; all else is shared by slots."""
-    model = small_flam(latent=latent, codebook_centring=latent == "vq").eval()
+@pytest.mark.parametrize(("latent", "start"), [("gaussian", "random"), ("vq", "random"), ("gaussian", "slow")])
+def test_a_slot_that_stays_is_what_it_was(latent: str, start: str) -> None:
+    """Its start, what it looks for and its centre go with it; all else is shared by slots."""
+    model = small_flam(latent=latent, codebook_centring=latent == "vq", slot_start=start).eval()
+    if start == "slow":
+        model.state_dict()["dynamics.factorizer.looked_for"].copy_(torch.randn(3, 32))
     if latent == "vq":
         model.state_dict()["dynamics.inverse.latent.centre"].copy_(torch.randn(3, 8))
     smaller = model.pruned([2, 0])
     before, after = model.state_dict(), smaller.state_dict()
     assert torch.equal(after["dynamics.factorizer.initial"], before["dynamics.factorizer.initial"][[2, 0]])
+    if start == "slow":
+        looked_for = "dynamics.factorizer.looked_for"
+        assert torch.equal(after[looked_for], before[looked_for][[2, 0]])
     if latent == "vq":
         centre = "dynamics.inverse.latent.centre"
         assert torch.equal(after[centre], before[centre][[2, 0]])
-    own = ("factorizer.initial", "latent.centre")
+    own = ("factorizer.initial", "factorizer.looked_for", "latent.centre")
     assert all(torch.equal(value, before[name]) for name, value in after.items() if not name.endswith(own))
