@@ -25,7 +25,8 @@ class FilmRecord:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    label: str
+    label: Annotated[str, Field(pattern="^[^$]{1,100}$")]
+    """What the film is called beside its pictures, where $ would begin a formula."""
     known: list[list[list[float]]]
     """[t - 1][K][A], between the given frames."""
     actions: Annotated[list[list[list[float]]], Field(min_length=1, max_length=MOST_STEPS)]
@@ -99,7 +100,10 @@ def record_film(label: str, film: Film, discovered: DiscoveredActions | None) ->
 
 
 def read_record(content: bytes, name: str) -> Record:
-    """What `Record.to_json` gave. Raises DataError, with `name`, for anything else."""
+    """What `Record.to_json` gave, of which each part fits the others. Raises DataError, with `name`, for anything else.
+
+    Whether it fits a model is what `Record.check` says.
+    """
     try:
         record = TypeAdapter(Record).validate_json(content)
     except ValidationError as error:
@@ -112,4 +116,31 @@ def read_record(content: bytes, name: str) -> Record:
     if record.version != _VERSION or not record.films:
         what = f"of version {record.version}" if record.films else "without films"
         raise DataError(f"{name} is a record {what}", fix=f"This flam replays version {_VERSION}.")
+    if odd := _odd(record):
+        raise DataError(f"{name}: {odd}", fix="Was the file edited? Give it as jobs/generate.py wrote it.")
     return record
+
+
+def _odd(record: Record) -> str:
+    """What does not fit together in a record; empty if all does. Raises DataError for actions that are no arrays."""
+    first, *others = record.films
+    if len({film.label for film in record.films}) < len(record.films):
+        return "two films have the same label"
+    shape = first.tensors[1].shape
+    if 0 in shape:
+        return f"the actions of {first.label!r} are empty"
+    for film in others:
+        if (other := film.tensors[1].shape) != shape:  # they are shown side by side
+            return f"the actions of {film.label!r} are {list(other)}, and those of {first.label!r} {list(shape)}"
+    between = (record.start_frames - 1, *shape[1:])
+    for film in record.films:
+        known, actions = film.tensors
+        if known is None:
+            known = actions[:0]
+        if known.shape != between:
+            return f"{record.start_frames} given frames have known actions {list(between)}, not {list(known.shape)}"
+        if not (known.isfinite().all() and actions.isfinite().all()):
+            return f"the actions of {film.label!r} are beyond float32"
+    if record.slot is not None and not 0 <= record.slot < shape[1]:
+        return f"slot {record.slot}, and the films have slots 0 to {shape[1] - 1}"
+    return ""
