@@ -26,4 +26,4 @@ def main(settings: GenerateSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_program(GenerateSettings, main, description=__doc__ or "")
+    run_program(GenerateSettings, main, description=__doc__ or "", keeps=False)

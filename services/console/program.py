@@ -17,6 +17,8 @@ from rich.table import Table
 from flam_core.errors import FlamError, Stopped
 
 ArgsT = TypeVar("ArgsT")
+_INTERRUPTED = 130
+"""128 and the number of SIGINT."""
 
 
 def run_program(
@@ -26,11 +28,14 @@ def run_program(
     argv: Sequence[str] | None = None,
     default: Callable[[list[str]], ArgsT] | None = None,
     description: str = "",
+    keeps: bool = True,
 ) -> None:
     """Parse the command line into `arguments`, call `body`, and end the process with the documented exit code.
 
     default: given the arguments (of which it may take some away from the front), returns what the fields start from,
-    such as a recipe. `--debug` anywhere shows the traceback of an error; without it, an error is one line.
+    such as a recipe. keeps: whether a program that is interrupted (Ctrl-C) may have kept something for the same command
+    to go on from. If not, its exit code is a shell's for that (130), not that of what is resumable (75). `--debug`
+    anywhere shows the traceback of an error; without it, an error is one line.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log is followed while it is written, also where it is a file
@@ -49,9 +54,10 @@ def run_program(
         _report(error, debug)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        stopped = Stopped("stopped", fix="The same command goes on from the newest committed step.")
-        print(f"flam: {stopped}", file=sys.stderr, flush=True)
-        sys.exit(stopped.exit_code)
+        # Not every program has steps, and one that has may be interrupted before the first is committed.
+        fix = "goes on from what was kept, or begins anew where nothing was" if keeps else "begins anew"
+        print(f"flam: {Stopped('stopped', fix=f'The same command {fix}.')}", file=sys.stderr, flush=True)
+        sys.exit(Stopped.exit_code if keeps else _INTERRUPTED)
 
 
 def _report(error: FlamError, debug: bool) -> None:
