@@ -18,6 +18,7 @@ from flam_core.model.latent_action import VQLatent
 from flam_core.model.places import centres
 from flam_core.saved_model import model_folder
 from flam_core.steering.directions import DIRECTIONS, Examples
+from flam_core.steering.scene import check_own_actions
 
 ACTIONS_FILE = "actions.json"
 """Beside `model.safetensors` in a model's folder."""
@@ -101,8 +102,21 @@ class DiscoveredActions:
     def check_slot(self, slot: int) -> int:
         """The slot itself. Raises SettingsError if there is no such slot."""
         if not 0 <= slot < self.slots:
-            raise SettingsError(f"the model has no slot {slot}", fix=f"Its slots are 0 to {self.slots - 1}.")
+            raise SettingsError(
+                f"no slot {slot} is among the discovered actions", fix=f"They are of slots 0 to {self.slots - 1}."
+            )
         return slot
+
+    def check_model(self, model: Flam, address: str) -> None:
+        """Raises DataError if they are not of such a model as lies at `address`: of other slots or of another width."""
+        found = [vectors.shape[1] for vectors in self.vectors]
+        factors, width = model.factors, model.dynamics.config.action_dim
+        if found != [width] * factors:
+            raise DataError(
+                f"the {ACTIONS_FILE} beside {address} is of another model: of {len(found)} slots with latent actions "
+                f"of {'/'.join(map(str, sorted(set(found)))) or 0} numbers, and the model has {factors} with {width}",
+                fix=_ANEW,
+            )
 
     def other(self, slot: int) -> float:
         """The share of a slot's transitions that have a code which is not kept. Raises SettingsError as `arrows`."""
@@ -135,11 +149,7 @@ def discover_actions(
     (k-means; the number of clusters, up to `most`, by the silhouette). entities: of each slot, where known. Raises
     SettingsError for a model without latent actions of its own, DataError if there is no transition.
     """
-    if model.dynamics.config.latent in ("none", "true"):
-        raise SettingsError(
-            f"a model with latent {model.dynamics.config.latent!r} has no latent actions of its own",
-            fix="Use a model with gaussian or vq latent actions.",
-        )
+    check_own_actions(model)
     if frames_u8.ndim != 5 or frames_u8.shape[1] < 2 or not len(frames_u8):
         raise DataError(f"clips {list(frames_u8.shape)} hold no transition", fix="Give clips of 2 frames or more.")
     actions, codes, places, moves = _observe(model, frames_u8)

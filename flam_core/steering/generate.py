@@ -16,7 +16,7 @@ from torch import Tensor
 from flam_core.errors import DataError, SettingsError
 from flam_core.model import Flam
 from flam_core.steering.directions import Examples, directed
-from flam_core.steering.scene import Feedback, Scene
+from flam_core.steering.scene import Feedback, Scene, check_own_actions
 
 MOST_STEPS = 500
 """Steps of a film at most: all its pictures are drawn."""
@@ -93,8 +93,13 @@ def reconstruct(model: Flam, clip: Tensor, context: int, steps: int, *, feedback
 def edit(
     model: Flam, clip: Tensor, context: int, steps: int, slot: int, replace: Choose, *, feedback: Feedback
 ) -> Film:
-    """As `reconstruct`, but the latent action of `slot` is that which `replace` gives; the others' are as inferred."""
+    """As `reconstruct`, but the latent action of `slot` is that which `replace` gives; the others' are as inferred.
+
+    Raises as `reconstruct`, and SettingsError for a slot that there is not and a model without latent actions of its
+    own.
+    """
     check_slot(model, slot)
+    check_own_actions(model)
     inferred = infer(model, clip, context, steps)
 
     def choose(scene: Scene, step: int) -> Tensor:
@@ -114,7 +119,11 @@ def imagine(model: Flam, start: Tensor, steps: int, seed: int, *, feedback: Feed
 
 
 def transfer(model: Flam, start: Tensor, other: Tensor, context: int, steps: int, *, feedback: Feedback) -> Film:
-    """What the slots do in the clip `other`, done in the scene `start` instead. Arguments and errors as above."""
+    """What the slots do in the clip `other`, done in the scene `start` instead.
+
+    Raises as `reconstruct`, and SettingsError for a model without latent actions of its own: nothing is carried over.
+    """
+    check_own_actions(model)
     check_given(start, context)
     inferred = infer(model, other, context, steps)
     return film(model, start[:context], steps, follow(inferred[context - 1 :]), feedback=feedback)

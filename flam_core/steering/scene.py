@@ -180,6 +180,16 @@ class Scene:
             raise DataError("latent actions are not finite", fix="Give numbers, not NaN or infinity.")
 
 
+def check_own_actions(model: Flam) -> None:
+    """Raises SettingsError for a model without latent actions of its own, which could be found, changed or carried."""
+    latent = model.dynamics.config.latent
+    if latent in ("none", "true"):
+        raise SettingsError(
+            f"a model with latent {latent!r} has no latent actions of its own",
+            fix="Use a model with gaussian or vq latent actions.",
+        )
+
+
 def _seen(masks: Tensor | None, weights: Tensor | None) -> dict[str, Tensor | None]:
     """A state's masks and places, of those of a batch of one."""
     if masks is None or weights is None:

@@ -56,6 +56,10 @@ def generate(settings: GenerateSettings) -> dict[str, str]:
     folder = _model_folder(settings)
     model, sha256 = load(folder), saved_sha256(folder)
     discovered = load_actions(folder)
+    if discovered is not None:
+        discovered.check_model(model, settings.model)
+    if settings.mode in ("edit", "transfer"):
+        steering.check_own_actions(model)  # before a clip is looked for
     clips = Clips(settings, model.tokenizer.config.frame_size)
     differ = 0
     if settings.mode == "replay":
@@ -160,8 +164,7 @@ def _replay(settings: GenerateSettings, model: Flam, sha256: str, clips: Clips) 
         folder, slash, _ = settings.actions.rpartition("/")
         clip = _stored_frames(f"{folder}{slash}{_FRAMES_FILE}")
     else:
-        steps = max(len(film.actions) for film in record.films)
-        clip = clips.scene(record.start_frames + steps)
+        clip = clips.scene(record.start_frames + len(record.films[0].actions))
     start = clip[: record.start_frames]
     record.check(sha256, start)
     films, same = {}, 0
@@ -203,7 +206,10 @@ def _stored_frames(path: str) -> Tensor:
     """
     try:
         with np.load(io.BytesIO(read_bytes(resolve(path))), allow_pickle=False) as stored:
-            return torch.from_numpy(stored["truth"] if "truth" in stored else stored["start"])
+            frames = torch.from_numpy(stored["truth"] if "truth" in stored else stored["start"])
+            if frames.ndim != 4:
+                raise ValueError(f"an array of {frames.ndim} dimensions")
+            return frames
     except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} does not hold the given frames: {error}", fix="Give the clip with --clip.") from error
 

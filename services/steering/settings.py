@@ -54,7 +54,7 @@ class GenerateSettings:
     fps: float | None = None
     """Frames a second that a video file is read at; default: all of its frames."""
     show_fps: float = 4.0
-    """Steps a second of the film that is written."""
+    """Steps a second of the film that is written: 0.1 to 100, which is as fast as a GIF goes."""
     tracking: str | None = None
     """MLflow's address; default MLFLOW_TRACKING_URI, else an SQLite file beside the outputs."""
     out: str = "outputs/generated"
@@ -68,10 +68,11 @@ class GenerateSettings:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise SettingsError(f"{name} = {value}", fix=f"Choose {least} to {most}.")
-        for name in ("fps", "show_fps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 120:
-                raise SettingsError(f"{name} = {value}", fix="Choose a rate above 0 and up to 120 frames a second.")
+        if self.fps is not None and not 0 < self.fps <= 120:
+            raise SettingsError(f"fps = {self.fps}", fix="Choose a rate above 0 and up to 120 frames a second.")
+        # A GIF shows a frame for 1 to 65535 hundredths of a second.
+        if not 0.1 <= self.show_fps <= 100:
+            raise SettingsError(f"show_fps = {self.show_fps}", fix="Choose 0.1 to 100 steps a second.")
         self._check_mode()
 
     def _check_mode(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import services.steering
 from flam_core.errors import DataError, FlamError, SettingsError
 from flam_core.saved_model import save_model
-from flam_core.steering.discovered import load_actions
+from flam_core.steering.discovered import discover_actions, load_actions, save_actions
 from services.steering import GenerateSettings, generate
 from services.storage import Location, resolve
-from tests.services.conftest import environment, run_job
-from tests.steering_fixture import steered
+from tests.services.conftest import REPOSITORY, environment, run_job
+from tests.steering_fixture import clips, steered
 from tests.videos_fixture import encode_video, video_frames
 
 FILES = {"video.mp4", "video.gif", "strip.png", "actions.json", "frames.npz"}
@@ -107,6 +110,31 @@ def test_a_replay_that_differs_fails_and_signs_nothing(settings: GenerateSetting
     assert (again / "video.mp4").exists()
 
 
+def test_an_edited_record_is_refused_before_anything_is_drawn(settings: GenerateSettings, tmp_path: Path) -> None:
+    _, record = made(replace(settings, mode="edit", slot=1))
+    kept, again = Path(settings.out, "actions.json"), tmp_path / "again"
+    replay = GenerateSettings(settings.model, mode="replay", actions=str(kept), out=str(again))
+    first, last = record["films"]
+    for change, why in (
+        ({"slot": 77}, "slot 77"),
+        ({"slot": -7}, "slot -7"),
+        ({"films": [first, last | {"actions": last["actions"][:1]}]}, r"\[1, 3, 8\]"),
+    ):
+        kept.write_text(json.dumps(record | change))
+        with pytest.raises(DataError, match=why):
+            generate(replay)
+    kept.write_text(json.dumps(record))
+    np.savez(Path(settings.out, "frames.npz"), start=np.uint8(0))
+    with pytest.raises(DataError, match=r"frames\.npz does not hold"):
+        generate(replay)
+    assert not again.exists()
+
+
+@pytest.mark.parametrize("show_fps", [0.1, 100.0])
+def test_the_slowest_and_the_fastest_film_are_written(settings: GenerateSettings, show_fps: float) -> None:
+    made(replace(settings, show_fps=show_fps))
+
+
 def test_what_lies_in_a_bucket_is_read_from_it(
     settings: GenerateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +206,10 @@ def test_what_cannot_be_is_one_clear_error(
         ({"mode": "edit", "slot": 1, "samples": 2}, "no use for --samples"),
         ({"mode": "replay", "actions": "actions.json", "steps": 3}, "no use for --steps"),
         ({"show_fps": 0.0}, "show_fps = 0.0"),
+        ({"show_fps": 0.001}, "show_fps = 0.001. Choose 0.1 to 100"),
+        ({"show_fps": 101.0}, "show_fps = 101"),
+        ({"show_fps": float("nan")}, "show_fps = nan"),
+        ({"fps": 0.0}, "fps = 0.0"),
         ({"seed": -1}, "seed = -1"),
         ({"seed": 2**64}, "seed = "),
     ],
@@ -197,10 +229,47 @@ def test_the_program_says_what_is_wrong_in_one_line(grid_data: Path, model: str,
         assert why in done.stderr
 
 
-def test_codes_that_lie_with_the_model_are_used(settings: GenerateSettings, tmp_path: Path) -> None:
-    from flam_core.steering.discovered import discover_actions, save_actions
-    from tests.steering_fixture import clips
+def test_an_interrupted_film_is_not_said_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: GenerateSettings) -> dict[str, str]:
+        raise KeyboardInterrupt
 
+    monkeypatch.setattr(services.steering, "generate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "outputs/latest"])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the program puts the repository there
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPOSITORY / "jobs" / "generate.py"), run_name="__main__")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "flam: stopped. The same command begins anew.\n"
+
+
+@pytest.mark.parametrize("change", [{"mode": "transfer", "from_clip": "0"}, {"mode": "edit", "slot": 0}])
+@pytest.mark.parametrize("given", [{}, {"from_clip": "0"}, {"clip": "absent.mp4", "from_clip": "0"}])
+def test_nothing_is_carried_over_where_there_are_no_latent_actions(
+    settings: GenerateSettings, tmp_path: Path, change: dict, given: dict
+) -> None:
+    save_model(steered(latent="none", motion_readout=False), tmp_path / "none", "card")
+    with pytest.raises(SettingsError, match="'none' has no latent actions of its own"):
+        generate(replace(settings, model=str(tmp_path / "none"), **{**given, **change}))
+
+
+def test_discovered_actions_of_another_model_are_refused(settings: GenerateSettings, tmp_path: Path) -> None:
+    folder = shutil.copytree(settings.model, tmp_path / "explained")
+    save_actions(discover_actions(steered(factors=2), clips(), most=3), folder)
+    for change in (
+        {"mode": "edit", "slot": 2, "toward": "left"},
+        {"mode": "edit", "slot": 2, "code": 0},
+        {"mode": "reconstruct"},
+    ):
+        with pytest.raises(
+            DataError, match=r"of another model: of 2 slots with .* 12 numbers, and the model has 3 with 8"
+        ):
+            generate(replace(settings, model=str(folder), **change))
+    assert not Path(settings.out).exists()
+
+
+def test_codes_that_lie_with_the_model_are_used(settings: GenerateSettings, tmp_path: Path) -> None:
     folder = shutil.copytree(settings.model, tmp_path / "explained")
     save_actions(discover_actions(steered(), clips(), most=3), folder)
     found = load_actions(folder)

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: Any, why: str) -> Non
 
 def test_what_there_is_not_is_named() -> None:
     found = found_in_puppets(WatchedPuppets())
-    with pytest.raises(SettingsError, match=r"no slot 2. Its slots are 0 to 1"):
+    with pytest.raises(SettingsError, match=r"no slot 2 is among .* They are of slots 0 to 1"):
         found.arrows(2)
     with pytest.raises(SettingsError, match=r"slot 1 has no code 7. Its codes are 0 to 4"):
         found.vector(1, 7)
@@ -173,3 +173,11 @@ def test_a_slot_that_cannot_go_stays() -> None:
         assert found.move.norm() < 1e-3
     with pytest.raises(SettingsError, match=r"'north'. Use one of up, right, down, left, still"):
         directed(placed((0.4, 0.4)), 0, "north", wanderer(), torch.zeros(1, 2))
+
+
+def test_actions_are_held_against_the_model_that_they_lie_with() -> None:
+    found = discover_actions(steered(), clips(), most=3)
+    found.check_model(steered(), "here")
+    for other in (steered(factors=2), steered(factors=4), steered(factors=1)):
+        with pytest.raises(DataError, match=r"actions\.json beside here is of another model: of 3 slots"):
+            found.check_model(other, "here")

@@ -103,16 +103,41 @@ def test_what_is_no_record_is_refused() -> None:
         ({"films": [good["films"][0] | {"actions": [[["NaN"]]]}]}, "films"),
         ({"films": [good["films"][0] | {"actions": []}]}, r"films\.0\.actions"),
         ({"films": [good["films"][0] | {"actions": [[[1.0]]] * (generate.MOST_STEPS + 1)}]}, r"films\.0\.actions"),
+        ({"films": [good["films"][0] | {"label": "$1"}]}, r"films\.0\.label"),
+        ({"films": [good["films"][0] | {"actions": [[[1.0], [1.0, 2.0]]]}]}, "differ in length"),
     ):
         with pytest.raises(DataError, match=why):
             read_record(json.dumps(good | change).encode(), "actions.json")
     with pytest.raises(DataError, match=r"x\.json is no record"):
         read_record(b"\x00", "x.json")
-    ragged = read_record(
-        json.dumps(good | {"films": [good["films"][0] | {"actions": [[[1.0], [1.0, 2.0]]]}]}).encode(), "actions.json"
-    )
-    with pytest.raises(DataError, match="differ in length"):
-        _ = ragged.films[0].tensors
+
+
+def test_a_record_whose_parts_do_not_fit_together_is_refused() -> None:
+    film = generate.imagine(steered(), clips()[0][:2], 3, 0, feedback="frames")
+    good = json.loads(recorded(film).to_json())
+    one = good["films"][0]
+
+    def films(**change: object) -> dict[str, list]:
+        return {"films": [one, one | {"label": "another"} | change]}
+
+    read_record(json.dumps(good | films() | {"slot": 2}).encode(), "x.json")
+    narrow = [[[0.0]] * 3] * 3
+    for change, why in (
+        ({"slot": 77}, "slot 77, and the films have slots 0 to 2"),
+        ({"slot": -7}, "slot -7"),
+        ({"slot": 3}, "slot 3"),
+        (films(actions=one["actions"][:1]), r"'another' are \[1, 3, 8\], and those of 'a film' \[3, 3, 8\]"),
+        (films(actions=narrow), r"'another' are \[3, 3, 1\]"),
+        (films(label="a film"), "same label"),
+        (films(known=[]), r"2 given frames have known actions \[1, 3, 8\], not \[0, 3, 8\]"),
+        (films(known=narrow[:1]), r"not \[1, 3, 1\]"),
+        ({"start_frames": 5}, "5 given frames"),
+        ({"films": [one | {"actions": [[]]}]}, "are empty"),
+        ({"films": [one | {"actions": [[[]]]}]}, "are empty"),
+        ({"films": [one | {"known": [[[1e300] * 8] * 3]}]}, "beyond float32"),
+    ):
+        with pytest.raises(DataError, match=rf"x\.json: .*{why}"):
+            read_record(json.dumps(good | change).encode(), "x.json")
 
 
 def test_what_cannot_be_asked_is_named() -> None:
@@ -129,6 +154,11 @@ def test_what_cannot_be_asked_is_named() -> None:
     for steps in (0, -1, generate.MOST_STEPS + 1):
         with pytest.raises(SettingsError, match=f"steps = {steps}"):
             generate.imagine(model, clip[:1], steps, 0, feedback="frames")
+    without = steered(latent="none", motion_readout=False)
+    with pytest.raises(SettingsError, match="'none' has no latent actions"):
+        generate.edit(without, clip, 1, STEPS, 0, generate.follow(torch.ones(STEPS, 3, 8)), feedback="frames")
+    with pytest.raises(SettingsError, match="'none' has no latent actions"):
+        generate.transfer(without, clip, clips()[1], 1, STEPS, feedback="frames")
     with pytest.raises(SettingsError, match="true actions"):
         generate.infer(steered(state="patches", factors=1, latent="true", true_actions=(2, 1, 5)), clip, 1, 3)
 
