@@ -32,6 +32,9 @@ without learning."""
 LABELLED = ("flam", "bc")
 """Those that depend on the number of labels."""
 CLONED = ("flam", "bc", "bc-all")
+_ONE_OR_MORE = ("seeds", "games", "tasks", "threads", "episodes", "factors", "tokenizer_steps", "steps", "play_steps")
+_LEAST = {**dict.fromkeys(_ONE_OR_MORE, 1), "frames": 2, "window": 0}
+"""What settings must at least be, if they are given."""
 _CELL_PIXELS = 8
 _TRAIN_SHARE = 0.8
 _TIMED_STEPS = 5
@@ -93,14 +96,19 @@ class PolicySettings:
     """Ray cluster, whose nodes must all see `folder`; default RAY_ADDRESS, else a local Ray."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "games", "tasks", "threads"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} = {getattr(self, name)}", fix="It must be at least 1.")
-        if self.window is not None and self.window < 0:
-            raise SettingsError(f"window = {self.window}", fix="It must not be negative.")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingsError(f"{name} = {value}", fix=f"It must be at least {least}.")
+        if not 0 <= self.gpus <= 1:
+            raise SettingsError(f"gpus = {self.gpus:g}", fix="A training takes 0 to 1.")
         for name, known in (("envs", tuple(ENVS)), ("methods", METHODS)):
             if odd := [one for one in getattr(self, name) if one not in known]:
                 raise SettingsError(f"--{name} {' '.join(odd)}", fix=f"Choose of {', '.join(known)}.")
+        for name in ("envs", "methods", "labels"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise SettingsError(f"--{name} {' '.join(map(str, given))}", fix="Name each once.")
         if not self.envs:
             raise SettingsError("no environment to play in", fix=f"Give --envs {' '.join(ENVS)}, or some of them.")
         if not self.labels or min(self.labels) < LEAST_LABELS:
