@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +30,13 @@ from services.player.wire import (
     InferBody,
     Inferred,
     OpenBody,
+    PutActions,
     RolloutBody,
     SceneView,
     ServerView,
     SessionView,
     StepBody,
+    check_length,
     frames_from_text,
     frames_to_text,
     known_codes,
@@ -42,6 +45,8 @@ from services.player.wire import (
 from services.player.work import ToEdit, ToRoll
 
 PAGE = Path(__file__).with_name("page")
+_ANSWER_SECONDS = 0.5
+"""For which `/health` waits for a process; what asks for it often gives up after a second."""
 Name = Annotated[str, InPath(max_length=64, description="The scene's, as opening it gave it.")]
 _SAID = {
     400: "Not JSON.",
@@ -69,11 +74,12 @@ def make_app(settings: PlayerSettings, access: Access, scenes: Any, inference: A
         redoc_url=None,
     )
 
+    pulses = _Pulse(scenes), _Pulse(inference)
+
     @app.get(HEALTH, responses={503: _REFUSALS[503]}, tags=["server"])
     async def health() -> Health:
-        """Whether the models are there. Needs no token."""
-        for process in (scenes, inference):
-            failed = await asked(process.ready.remote)
+        """Whether the models are there, however busy they are. Needs no token."""
+        for failed in await asyncio.gather(*(pulse.failed() for pulse in pulses)):
             if failed is not None:
                 raise unusable(failed)
         return Health(status="ok")
@@ -86,6 +92,21 @@ def make_app(settings: PlayerSettings, access: Access, scenes: Any, inference: A
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain)
     return app
+
+
+class _Pulse:
+    """Whether a deployment has a model. What it said last stands while it has too much to do to say it again."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self._failed: str | None = None
+
+    async def failed(self) -> str | None:
+        """None, or why it is of no use, as `flam_core.errors.pack` gives it. Raises as `asked`, but for Busy."""
+        with suppress(Busy, TimeoutError):
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                self._failed = await asked(self._process.ready.remote)
+        return self._failed
 
 
 def _api(settings: PlayerSettings, inference: Any, scenes: Any) -> APIRouter:
@@ -113,13 +134,17 @@ def _api(settings: PlayerSettings, inference: Any, scenes: Any) -> APIRouter:
     @api.post("/rollout")
     async def rollout(body: RolloutBody) -> Frames:
         """The frames that follow the given ones under the given latent actions."""
-        asked_for = ToRoll(await frames(body.frames), numbers(body.actions, "latent actions"), body.feedback)
+        check_length(body.actions, len(body.frames) - 1 + limit)
+        actions = await asyncio.to_thread(numbers, body.actions, "latent actions")
+        asked_for = ToRoll(await frames(body.frames), actions, body.feedback)
         drawn, version = await asked(inference.roll.remote, asked_for)
         return Frames(frames=await asyncio.to_thread(frames_to_text, drawn), version=version)
 
     @api.post("/edit")
     async def edit(body: EditBody) -> Edited:
         """The clip anew from its first frame, in which one slot does something else."""
+        if isinstance(body.put, PutActions):
+            check_length(body.put.actions, limit)
         asked_for = ToEdit(await frames(body.frames), body.slot, body.put, body.feedback)
         drawn, actions, version = await asked(inference.edit.remote, asked_for)
         return Edited(frames=await asyncio.to_thread(frames_to_text, drawn), actions=actions.tolist(), version=version)

@@ -23,7 +23,8 @@ Number = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Index = Annotated[int, Field(ge=0, le=10_000)]
 Frame = Annotated[str, Field(max_length=4_000_000, description="A PNG file, RGB, in base64.")]
-Transition = Annotated[list[list[Number]], Field(max_length=256, description="[K, A]: a latent action of each slot.")]
+Action = Annotated[list[Number], Field(max_length=1024)]
+Transition = Annotated[list[Action], Field(max_length=256, description="[K, A]: a latent action of each slot.")]
 
 _MOST_PIXELS = 1024 * 1024
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -137,7 +138,7 @@ class PutActions(Body):
     """Latent actions as given."""
 
     kind: Literal["actions"]
-    actions: Annotated[list[list[Number]], Field(max_length=4096)] = Field(description="[T - 1, A]")
+    actions: Annotated[list[Action], Field(max_length=4096)] = Field(description="[T - 1, A]")
 
 
 Put = PutCode | PutArrow | PutPrior | PutActions
@@ -250,7 +251,7 @@ def frames_from_text(frames: Sequence[str], limit: int, side: int | None = None)
         )
     if width * height > _MOST_PIXELS:
         raise DataError(f"frames have {width}x{height} pixels", fix="Scale them to the model's frame size.")
-    return np.stack([_frame(one, number) for number, one in enumerate(frames)])
+    return np.stack([_frame(one, number, (width, height)) for number, one in enumerate(frames)])
 
 
 def _size(content: str, number: int) -> tuple[int, int]:
@@ -268,18 +269,28 @@ def _no_png(number: int) -> DataError:
     return DataError(f"frame {number} is not a PNG file in base64", fix="Encode each frame as one.")
 
 
-def _frame(content: str, number: int) -> np.ndarray:
+def _frame(content: str, number: int, size: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(base64.b64decode(content, validate=True)), formats=("PNG",)) as image:
+            if image.size != size:  # a second header, by which Pillow would go
+                raise _no_png(number)
             return np.asarray(image.convert("RGB"))
     except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise _no_png(number) from error
 
 
-def numbers(values: Sequence[Any], what: str) -> np.ndarray:
-    """Nested lists as float32. Raises DataError if they are ragged."""
+def check_length(actions: Sequence[object], most: int) -> None:
+    """Raises DataError for more latent actions than are of use: what is too long is not worth reading."""
+    if len(actions) > most:
+        raise DataError(f"{len(actions)} latent actions are sent, and {most} are the limit", fix="Send fewer.")
+
+
+def numbers(values: Sequence[Sequence[Any]], what: str) -> np.ndarray:
+    """Lists of nested lists as float32. It may take a while, so not in an event loop. Raises DataError if they are
+    ragged."""
     try:
-        return np.asarray(values, dtype=np.float32)
+        # Step by step: other threads have no turn while numpy reads a list.
+        return np.stack([np.asarray(value, dtype=np.float32) for value in values])
     except (ValueError, TypeError) as error:
         raise DataError(f"{what} are lists of different lengths", fix="Give every step and slot as many.") from error
 

@@ -6,16 +6,18 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from flam_core.errors import DataError, EnvironmentFault, pack
 from services.player import app, deployments
@@ -29,17 +31,20 @@ from tests.services.test_player_sessions import CLIPS
 
 SETTINGS = PlayerSettings(model="model", data="data")
 Answer = Callable[..., Any]
+Told = Callable[[], Awaitable[str | None]]
 
 
 class Process:
     """A deployment's handle: every method gives, or raises, what it is told to."""
 
-    def __init__(self, answer: Answer, ready: str | None = None) -> None:
+    def __init__(self, answer: Answer, ready: str | Told | None = None) -> None:
+        """ready: what `ready` gives, or stands in for it."""
+
         async def remote(*given: object) -> Any:
             return answer(*given)
 
         async def told() -> str | None:
-            return ready
+            return await ready() if callable(ready) else ready
 
         self.told, self.remote = SimpleNamespace(remote=told), SimpleNamespace(remote=remote)
 
@@ -49,7 +54,11 @@ class Process:
 
 def ask(path: str, body: object = None, *, scenes: Process, inference: Process) -> tuple[int, dict[str, Any]]:
     """The status and the JSON that the app answers with."""
-    made = make_app(SETTINGS, Access(None, None), scenes, inference)
+    return answered(make_app(SETTINGS, Access(None, None), scenes, inference), path, body)
+
+
+def answered(made: FastAPI, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
+    """The same of an app that is there already."""
     sent: list[dict[str, Any]] = []
     content = b"" if body is None else json.dumps(body).encode()
 
@@ -90,8 +99,8 @@ FRAMES = frames_to_text(CLIPS[0].frames[:2])
 def test_what_goes_wrong_inside_is_json_without_internals(error: Exception, status: int) -> None:
     process = Process(raising(error))
     for path, body in (("/api", None), ("/api/infer", {"frames": FRAMES}), ("/api/sessions", {})):
-        answered, said = ask(path, body, scenes=process, inference=process)
-        assert answered == status
+        code, said = ask(path, body, scenes=process, inference=process)
+        assert code == status
         assert set(said) == {"error", "fix"}
         assert "secret" not in json.dumps(said)
 
@@ -117,6 +126,58 @@ def test_health_tells_of_a_process_that_could_not_start() -> None:
         assert (status, said["fix"]) == (503, "Train it.")
         assert "model.safetensors is missing" in said["error"]
     assert ask("/health", scenes=FINE, inference=FINE) == (200, {"status": "ok"})
+
+
+async def full() -> str | None:
+    raise BackPressureError(6, 6)
+
+
+async def waits() -> str | None:
+    await asyncio.sleep(60)
+    return None
+
+
+@pytest.mark.parametrize("busy", [full, waits])
+def test_health_of_a_busy_player_is_what_it_was(busy: Told) -> None:
+    began = time.monotonic()
+    assert ask("/health", scenes=Process(raising(KeyError()), busy), inference=FINE) == (200, {"status": "ok"})
+    failed = pack(DataError("model.safetensors is missing", fix="Train it."))
+    said = iter([failed, None])
+
+    async def ready() -> str | None:  # at first it says why it is of no use, then it has too much to do
+        return next(said) or await busy()
+
+    made = make_app(SETTINGS, Access(None, None), FINE, Process(raising(KeyError()), ready))
+    assert [answered(made, "/health")[0] for _ in range(2)] == [503, 503]
+    assert time.monotonic() - began < 30
+
+
+def test_latent_actions_are_bounded_and_not_read_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[threading.Thread] = []
+
+    def read(*_: object) -> np.ndarray:
+        where.append(threading.current_thread())
+        return np.zeros((2, SLOTS, 4), dtype=np.float32)
+
+    monkeypatch.setattr(app, "numbers", read)
+    inference = Process(lambda *given: (CLIPS[0].frames[:1], None) if given else SIZE)
+
+    def roll(actions: Sequence[object]) -> tuple[int, dict[str, Any]]:
+        return ask("/api/rollout", {"frames": FRAMES, "actions": actions}, scenes=FINE, inference=inference)
+
+    assert roll([[[0.0] * 4] * SLOTS] * 2)[0] == 200
+    assert where.pop() is not threading.main_thread()
+    most = 1 + SETTINGS.limits.clip_frames
+    status, said = roll([[[0.0]]] * (most + 1))
+    assert (status, said["error"]) == (422, f"{most + 1} latent actions are sent, and {most} are the limit")
+    put = {"kind": "actions", "actions": [[0.0]] * most}
+    status, said = ask("/api/edit", {"frames": FRAMES, "slot": 0, "put": put}, scenes=FINE, inference=inference)
+    assert (status, said["error"]) == (422, f"{most} latent actions are sent, and {most - 1} are the limit")
+    long = [0.0] * 1025
+    assert roll([[long]])[0] == 422
+    put = {"kind": "actions", "actions": [long]}
+    assert ask("/api/edit", {"frames": FRAMES, "slot": 0, "put": put}, scenes=FINE, inference=inference)[0] == 422
+    assert not where
 
 
 @pytest.mark.parametrize("kind", [Scenes, Inference])
