@@ -67,7 +67,7 @@ def record(session: Session, number: int, feedback: Feedback) -> str:
         frames_sha256=frames_digest(frames[1:]),
     )
     return Record(
-        model=side.served.address,
+        model=side.served.exact,
         weights_sha256=side.served.weights_sha256,
         mode="play",
         seed=session.seed,

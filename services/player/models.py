@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -78,6 +79,13 @@ class Served:
             else:
                 chosen.append(examples.near(places[slot], torch.zeros(2), 1)[0])
         return torch.stack(chosen)
+
+    @property
+    def exact(self) -> str:
+        """Its address when the alias has moved on, too."""
+        if self.version is None:
+            return self.address
+        return f"{_REGISTRY}{re.split('[@/]', self.address.removeprefix(_REGISTRY))[0]}/{self.version}"
 
     @cached_property
     def view(self) -> ModelView:

@@ -1,9 +1,8 @@
-"""Scenes, frames on the wire, tokens and what stands before every request: all that needs no server."""
+"""Scenes, tokens and what stands before every request: all that needs no server."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 import math
@@ -18,7 +17,6 @@ from flam_core.errors import DataError, SettingsError
 from flam_core.steering import generate
 from flam_core.steering.directions import directed
 from flam_core.steering.record import read_record
-from services.player import wire
 from services.player.errors import Busy, Gone
 from services.player.film import gif, record
 from services.player.guard import Access, Guard
@@ -27,7 +25,7 @@ from services.player.models import Served, StartClip
 from services.player.sessions import Session, Sessions, Side
 from services.player.settings import Binding, Limits, PlayerSettings
 from services.player.token import allowed, choose_token, digest, is_loopback
-from services.player.wire import OpenBody, PutArrow, PutCode, StepBody, frames_from_text, frames_to_text
+from services.player.wire import OpenBody, PutArrow, PutCode, StepBody
 from services.player.work import ToEdit, ToRoll
 from tests.services.player_fixture import SIZE, SLOTS, small_model, some_actions
 
@@ -38,8 +36,8 @@ CLIPS = [
 LIMITS = Limits()
 
 
-def served(seed: int = 0) -> Served:
-    return Served(small_model(seed), some_actions(seed), f"model {seed}", None, str(seed) * 64)
+def served(seed: int = 0, address: str = "model", version: str | None = None) -> Served:
+    return Served(small_model(seed), some_actions(seed), address, version, str(seed) * 64)
 
 
 def session(*models: Served, limits: Limits = LIMITS) -> Session:
@@ -121,7 +119,7 @@ def test_a_challenger_does_the_same_from_the_same_start() -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (StepBody(slot=SLOTS, code=0), "Its slots are 0 to 2"),
+        (StepBody(slot=SLOTS, code=0), "slots (are )?0 to 2"),
         (StepBody(slot=0, code=5), "Its codes are 0 to 4"),
         (StepBody(slot=0, code=1, arrow="up"), "both"),
         (StepBody(code=1), "no slot"),
@@ -167,6 +165,20 @@ def test_a_record_is_replayed_by_generate() -> None:
     assert [row[1] for row in kept.films[0].codes or []] == [4, 0, 2]
     with pytest.raises(SettingsError, match="nothing to replay"):
         record(session(), 0, "frames")
+
+
+@pytest.mark.parametrize(
+    ("address", "version", "exact"),
+    [
+        ("models:/flam-grid@champion", "3", "models:/flam-grid/3"),
+        ("models:/flam-grid/2", "2", "models:/flam-grid/2"),
+        ("/outputs/a@b", None, "/outputs/a@b"),
+    ],
+)
+def test_a_record_names_the_model_that_an_alias_meant(address: str, version: str | None, exact: str) -> None:
+    one = session(served(address=address, version=version))
+    one.step(StepBody(slot=1, code=2))
+    assert read_record(record(one, 0, "frames").encode(), "actions.json").model == exact
 
 
 def test_a_gif_has_a_page_for_each_frame_of_both_sides() -> None:
@@ -226,28 +238,6 @@ def test_an_edit_changes_one_slots_actions() -> None:
     assert np.array_equal(arrow, film.frames.numpy())
     assert np.array_equal(actions[:, 2], model.actions.vectors[2][1].expand(6, -1).numpy())
     assert np.array_equal(actions[:, :2], inferred(model)[:, :2].numpy())
-
-
-def test_frames_come_back_from_the_wire_as_they_went() -> None:
-    frames = CLIPS[0].frames
-    assert np.array_equal(frames_from_text(frames_to_text(frames), 7), frames)
-    for sent, said in ((["?"], "not a PNG"), (frames_to_text(frames), "limit")):
-        with pytest.raises(DataError, match=said):
-            frames_from_text(sent, 3)
-    with pytest.raises(DataError, match="differ in size"):
-        frames_from_text([*frames_to_text(frames[:1]), *frames_to_text(frames[:1, ::2, ::2])], 3)
-
-
-def test_frames_of_another_size_are_refused_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = frames_to_text(np.zeros((3, 40, 64, 3), dtype=np.uint8))
-    monkeypatch.setattr(wire, "_frame", lambda *_: pytest.fail("a frame was decoded"))
-    with pytest.raises(DataError, match="64x40 pixels, and the model takes 24x24"):
-        frames_from_text(sent, 3, SIZE)
-    head = bytearray(base64.b64decode(frames_to_text(CLIPS[0].frames[:1])[0]))
-    head[16:24] = (30_000).to_bytes(4) * 2
-    for side, said in ((SIZE, "30000x30000 pixels, and"), (None, "30000x30000 pixels")):
-        with pytest.raises(DataError, match=said):
-            frames_from_text([base64.b64encode(head).decode()], 3, side)
 
 
 def test_a_token_is_asked_for_beyond_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +303,8 @@ def test_the_guard_refuses_before_it_reads() -> None:
     guard._inside = 2
     status, headers, _ = ask(**token)
     assert (status, headers["retry-after"]) == (503, "1")
+    assert ask("/health", body=b"x" * 2000)[0] == 200  # who asks whether it is well is not to be told that it is busy
+    assert entered.pop() == b""  # and nobody fills its memory by asking
     guard._access = Access(None, ("localhost",))
     guard._inside = 0
     assert ask(host="localhost:8000")[0] == 200
