@@ -44,6 +44,16 @@ _OPACITY = """([grid, number]) => {
   return middles.flatMap((y) => middles.map((x) => pen.getImageData(x, y, 1, 1).data[3]));
 }"""
 
+_COUNT_SLEEPS = """() => {
+  const own = window.setTimeout;
+  let sleeps = 0;
+  window.mostSleeps = 0; // at a time
+  window.setTimeout = (wake, time) => {
+    window.mostSleeps = Math.max(window.mostSleeps, ++sleeps);
+    return own(() => { --sleeps; wake(); }, time);
+  };
+}"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -249,11 +259,22 @@ def test_it_runs_records_and_comes_back(page: Page, player: Played) -> None:
     assert [file.suggested_filename for file in files] == ["actions.json", "actions-challenger.json"]
     records = [json.loads(file.path().read_text()) for file in files]
     assert [len(record["films"][0]["actions"]) for record in records] == [step, step]
-    assert [record["model"] for record in records] == [f"models:/{NAME}@champion", str(player.models[2])]
+    assert [record["model"] for record in records] == [f"models:/{NAME}/1", str(player.models[2])]
     before = pixels(page)
     page.reload()
     at_step(page, step)  # the scene is kept for the tab
     assert np.array_equal(pixels(page), before)
+
+
+def test_pause_and_run_at_once_is_one_run(page: Page) -> None:
+    page.evaluate(_COUNT_SLEEPS)
+    page.evaluate("for (let times = 0; times < 3; times++) document.getElementById('run').click()")  # run, pause, run
+    until(page, "Number(document.body.dataset.step) >= 4")
+    page.evaluate("window.mostSleeps = 0")  # by now, the first has woken and should have ended
+    until(page, "Number(document.body.dataset.step) >= 9")
+    page.keyboard.press("p")
+    assert page.evaluate("window.mostSleeps") == 1
+    assert page.locator("#run").get_attribute("aria-pressed") == "false"
 
 
 @pytest.mark.parametrize("keys", [".", "gg"])

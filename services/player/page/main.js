@@ -19,6 +19,7 @@ const state = {
   looked: null, // [slot of each side] under the pointer or the focus
   others: "video",
   running: false,
+  runs: 0, // begun or ended so far
   recordedFrom: null,
   held: null, // the action whose key is down
 };
@@ -138,7 +139,8 @@ async function setRunning(on) {
   state.running = on;
   press($("run"), on);
   $("run").querySelector("span").textContent = on ? "Pause" : "Run";
-  while (state.running) {
+  const run = ++state.runs; // who finds another when it wakes was ended meanwhile
+  while (state.running && run === state.runs) {
     const begun = performance.now();
     if (!asking) await act(heldAction());
     await new Promise((resolve) => setTimeout(resolve, Math.max(4, RUN_MILLISECONDS - (performance.now() - begun))));
