@@ -98,14 +98,21 @@ def probe_actions(train: Transitions, test: Transitions, bootstrap: Bootstrap) -
     draws["action_probe/gain"] = draws[f"action_probe/{name}"] - draws["action_probe/state_only"]
     if others:
         draws["action_probe/others"] = _mean([fitted[pair].draws(bootstrap) for pair in others])
-        draws["action_probe/others_gain"] = draws["action_probe/others"] - _mean([of_state[pair] for pair in others])
+        gains = {pair: fitted[pair].draws(bootstrap) - of_state[pair] for pair in others}
+        draws["action_probe/others_gain"] = _mean(list(gains.values()))
+        draws["action_probe/others_gain_max"] = max(gains.values(), key=lambda one: one[0])
     draws |= {f"action_probe/{name}@{e}": own[m, e] for m, e in matching}
     if discrete and train.step is not None and test.step is not None:
-        visible = []
+        visible, by_state = [], []
         for m, e in matching:
             seen = (visible_actions(train, train, e), visible_actions(train, test, e))
+            k = m if train.state.shape[1] > 1 else 0
+            states = _principal(train.state[:, k], test.state[:, k], width)
             visible.append(_score(train.latent[:, m], test.latent[:, m], *seen, discrete=True).draws(bootstrap))
+            by_state.append(_score(*states, *seen, discrete=True).draws(bootstrap))
         draws["action_probe/visible_accuracy"] = _mean(visible)
+        draws["action_probe/visible_state_only"] = _mean(by_state)
+        draws["action_probe/visible_gain"] = _mean(visible) - _mean(by_state)
     return ActionProbe(matching, {key: bootstrap.estimate(values) for key, values in draws.items()})
 
 

@@ -6,6 +6,7 @@ The number of them says how many factors the data have; a model may be pruned to
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import torch.nn.functional as F
@@ -54,7 +55,32 @@ def _run(context: Context) -> Findings:
         notes.append(f"No entities of slots: {error.what}.")
     used = acts | claims
     values |= {f"slots/{i}/used": float(used[i]) for i in range(slots)}
-    return Findings(estimates, values | {"slots/used": float(used.sum())}, tuple(notes))
+    values["slots/used"] = float(used.sum())
+    means = values | {key: estimate.mean for key, estimate in estimates.items()}
+    if (share := steered(means)) is not None:
+        values["slots/steered"] = share
+        notes += [
+            f"Slot {i} stands for entity {values[f'slots/{i}/entity']:.0f} and does not steer it: replacing its latent "
+            f"action costs {means[f'slots/{i}/effect_db']:.2f} dB."
+            for i in _with_entity(means)
+            if means[f"slots/{i}/effect_db"] <= MIN_EFFECT
+        ]
+    return Findings(estimates, values, tuple(notes))
+
+
+def steered(metrics: Mapping[str, float]) -> float | None:
+    """Share of the entities that have a slot whose slot's own latent action acts, of this measure's other metrics. None
+    without entities or latent actions.
+
+    A slot may know where an entity is while the latent action of another one moves it; DCI does not see that, and
+    leakage, which is pooled by how much changes, does not either.
+    """
+    slots = [i for i in _with_entity(metrics) if f"slots/{i}/effect_db" in metrics]
+    return sum(metrics[f"slots/{i}/effect_db"] > MIN_EFFECT for i in slots) / len(slots) if slots else None
+
+
+def _with_entity(metrics: Mapping[str, float]) -> list[int]:
+    return sorted(int(key.split("/")[1]) for key in metrics if re.fullmatch(r"slots/\d+/entity", key))
 
 
 def won_patches(seen: Observed) -> tuple[np.ndarray, np.ndarray]:

@@ -58,6 +58,15 @@ def test_latent_actions_that_tell_of_another_entity_are_found_out() -> None:
     assert found["action_probe/others_gain"].mean == pytest.approx(1 - 1 / KINDS, abs=0.05)
 
 
+def test_one_latent_action_that_tells_of_one_other_entity_is_not_lost_in_the_mean() -> None:
+    both = [made(800, seed, {0: 0, 1: 1, 2: 2}) for seed in (1, 2)]
+    coupled = [
+        replace(t, latent=t.latent + np.stack([t.latent[:, 1]] + [0 * t.latent[:, 0]] * 2, axis=1)) for t in both
+    ]
+    found = probe_actions(*coupled, Bootstrap(range(800), seed=0)).estimates
+    assert found["action_probe/others_gain_max"].mean > 3 * found["action_probe/others_gain"].mean > 0
+
+
 def test_what_the_state_tells_already_is_no_gain() -> None:
     """The action can be read off the state as well; and the state's probe is no wider than the latent action's."""
     train, test = made(800, 1, {0: 0}, latents=1, entities=1), made(800, 2, {0: 0}, latents=1, entities=1)
@@ -143,6 +152,9 @@ def test_puppets_show_all_that_can_be_seen_of_what_they_are_told() -> None:
     context = Context(stub(Puppets), [], puppet_clips(60, seed=1), puppet_clips(60, seed=2), config, 0)
     found = ACTION_PROBE.run(context)
     assert found.estimates["action_probe/visible_accuracy"].mean == 1.0
+    by_state = found.estimates["action_probe/visible_state_only"].mean
+    assert 0.2 < by_state < 0.9  # standing still, which is what is seen most often
+    assert found.estimates["action_probe/visible_gain"].mean == pytest.approx(1 - by_state)
     told, shown, hits = [], [], 0
     for clip in puppet_clips(60, seed=2):
         assert clip.positions is not None

@@ -124,6 +124,8 @@ def test_slots_in_use_are_those_of_the_puppets() -> None:
     assert "slots/2/entity" not in found.metrics
     assert min(found.metrics[f"slots/{i}/effect_db"] for i in (0, 1)) > 50  # from no error at all
     assert found.metrics["slots/2/effect_db"] == 0
+    assert found.metrics["slots/steered"] == 1.0
+    assert not any("does not steer" in note for note in found.notes)
     # Of the patches that change, half are left, by a puppet, and half are empty before.
     assert found.metrics["slots/2/moving_share"] == pytest.approx(0.5, abs=0.01)
     assert found.metrics["slots/2/mask_share"] == pytest.approx(62 / 64)
@@ -139,6 +141,21 @@ def test_a_slot_that_holds_what_moves_is_in_use_whatever_its_action_does() -> No
     found = SLOTS.run(stage(stub(Fated, factors=3)))
     assert [found.metrics[f"slots/{i}/effect_db"] for i in range(3)] == [0, 0, 0]
     assert used_slots(found.metrics) == [0, 1]
+    assert found.metrics["slots/steered"] == 0.0
+
+
+def test_an_entity_that_another_slots_action_moves_is_named() -> None:
+    """Slot 1 stands for entity 1 in the picture, and slot 2's latent action moves it."""
+
+    class Displaced(Puppets):
+        def rollout(self, frames_u8: torch.Tensor, actions: torch.Tensor, feedback: str = "slots") -> torch.Tensor:
+            return super().rollout(frames_u8, actions[:, :, [0, 2, 1]])
+
+    found = SLOTS.run(stage(stub(Displaced, factors=3)))
+    assert found.metrics["slots/1/entity"] == 1
+    assert found.metrics["slots/steered"] == 0.5
+    (note,) = (note for note in found.notes if "does not steer" in note)
+    assert note.startswith("Slot 1 stands for entity 1 and does not steer it")
 
 
 def test_where_nothing_moves_no_slot_claims_it() -> None:
