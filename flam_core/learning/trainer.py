@@ -86,6 +86,8 @@ class Trainer:
         ranks' numbers add up to that of one rank alone."""
         self._wrap: Wrap = wrap or (lambda module: module)
         self._compiled = compiled
+        # Compiled apart from the model, which evaluations ask for batches of other shapes.
+        self.encode: Callable[[Tensor], Tensor] = torch.compile(self.model.encode) if compiled else self.model.encode
         self._on_stage = on_stage
         self._prepared_stage = -1
         self._module: nn.Module = self.model
@@ -269,7 +271,7 @@ class Trainer:
                 loss, meters = tokenizer_loss(reconstruction, frames, distance, self.config.tokenizer.commitment)
                 return loss, meters | tokenizer_meters(frames, codes)
             with torch.no_grad():
-                z = self.model.encode(frames_u8).float()
+                z = self.encode(frames_u8).float()
             beta = beta_at(self.config.loss, progress)
             return flam_loss(self._module, z, self.config.loss, beta, true_actions)
 

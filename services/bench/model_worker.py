@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,14 +48,10 @@ class Stepper:
     """The training step that a job describes, on random frames."""
 
     def __init__(self, job: StepJob, device: torch.device, wrap: Wrap | None = None) -> None:
-        """wrap: as of Trainer; default: torch.compile if the job says so."""
-        if wrap is None and job.compile:
-            wrap = _compiled
+        """wrap: as of Trainer."""
         self.job, self.device = job, device
-        self.trainer = Trainer(_endless(job), device, wrap=wrap)
+        self.trainer = Trainer(_endless(job), device, wrap=wrap, compiled=job.compile)
         self.trainer.step = job.stage  # stage 0 has no end, or one step, which is taken as done
-        if job.compile and job.stage == 1:
-            self.trainer.model.tokenizer.encoder.compile()
         generator = torch.Generator().manual_seed(0)
         size = job.config.tokenizer.frame_size
         shape = (job.clips, job.frames, size, size, 3)
@@ -92,7 +88,7 @@ class Stepper:
         """What stage 2 does with the frozen encoder."""
         dtype = self.trainer.dtype
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            self.trainer.model.encode(self.frames)
+            self.trainer.encode(self.frames)
 
 
 def _repeat(action: Callable[[], None], seconds: float, device: torch.device) -> tuple[float, int]:
@@ -141,10 +137,6 @@ def _endless(job: StepJob) -> Config:
     first = replace(config.tokenizer_stage, steps=1 if job.stage else _FOREVER, learning_rate=_RATE)
     second = replace(config.flam_stage, steps=_FOREVER, learning_rate=_RATE)
     return replace(config, tokenizer_stage=first, flam_stage=second)
-
-
-def _compiled(module: nn.Module) -> nn.Module:
-    return cast(nn.Module, torch.compile(module))
 
 
 def _peak_memory(device: torch.device) -> int:
