@@ -114,10 +114,20 @@ def multigrid() -> Config:
     return Config(
         recipe="multigrid",
         tokenizer=TokenizerConfig(frame_size=128, channels=(64, 128, 256, 256), feature_dim=128),
-        model=ModelConfig(factors=4, width=256, heads=8, blocks=2, iterations=3, latent_width=256),
+        model=ModelConfig(
+            factors=4,
+            width=256,
+            heads=8,
+            blocks=2,
+            iterations=3,
+            latent_width=256,
+            codebook_decay=0.99,  # of variants with codes, which are not listened to without these
+            codebook_revival=0.1,
+            codebook_centring=True,
+        ),
         tokenizer_stage=StageConfig(steps=50_000, batch_clips=16, clip_frames=4, learning_rate=1e-4, warmup=1000),
         flam_stage=StageConfig(steps=100_000, batch_clips=32, clip_frames=10, learning_rate=1e-4, warmup=1000),
-        loss=LossConfig(beta=2e-4, rollout_steps=5),
+        loss=LossConfig(beta=2e-4, rollout_steps=5, codebook_warmup=0.4),
         checkpoint_every=1000,
     )
 

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from flam_core.config import Config, StageConfig
 
+LOG_EVERY = 50
+"""Steps between two log lines."""
 _LINES = 3
 """Log lines whose median counts: one line is one batch, and batches differ."""
 _SETTLED = 0.35
@@ -21,6 +23,8 @@ _SETTLED = 0.35
 tokenizer's stage and 0.28 of FLAM's."""
 _AFTER_BETA = 0.1
 """Share of the stage that the KL is given from when beta begins to count: it falls steeply there in every run."""
+_AFTER_CODES = 0.05
+"""Share of the stage that codes are given from when they begin to count: nobody chose them before."""
 _DIVERGED_FROM = 0.1
 """Share of a stage before which the loss may jump about: warm-up."""
 _ENDED = 0.25
@@ -198,7 +202,7 @@ class CollapseWatch:
         found = []
         if self._model.latent == "gaussian":
             found += self._silent_latents(done, nats, explained)
-        if self._model.latent == "vq" and done >= _SETTLED:
+        if self._model.latent == "vq" and done >= max(_SETTLED, self._config.loss.codebook_warmup + _AFTER_CODES):
             found += self._codebook(nats)
         plateau = self._plateau(done)
         found += self._one_slot(done, nats, bool(plateau)) + plateau
@@ -334,6 +338,14 @@ def _raise_kl(config: Config) -> str:
 def _use_codes(config: Config) -> str:
     model = config.model
     return _try(
+        (
+            "--loss.codebook_warmup 0.4, so that the dynamics learns to listen before actions are codes",
+            config.loss.codebook_warmup < 0.4,
+        ),
+        (
+            "--model.codebook_centring, so that slots do not keep to their own",
+            not model.codebook_centring,
+        ),
         ("--model.codebook_revival 0.1, which moves dead codes", model.codebook_revival == 0),
         ("--model.codebook_decay 0.99, by which codes follow what falls to them", model.codebook_decay is None),
         (f"--model.codebook {model.codebook // 2}", model.codebook >= 4),

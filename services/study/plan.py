@@ -29,6 +29,7 @@ FRAMES = 64
 _ABLATIONS = ("flam", "flam-vq", "no-temporal", "global-coupled", "no-motion")
 """Variants. K and beta are changed beside them."""
 _ABLATED_AGENTS = 4
+_FACTORS = (2, 4, 8, 16)
 _BETAS = (1e-5, 1e-2, 3e-1)
 """Beside the recipe's own, which `flam` has."""
 _CELLS = (6, 8)
@@ -48,6 +49,8 @@ class StudySettings:
     """Only these; none: all of the study."""
     cells: int | None = None
     """Cells along each side of the grid; None: 6 where the recipe's frames can be split so, else 8."""
+    spare: int | None = None
+    """Factors of FLAM beyond one for each agent; None: two, with multigrid none: the paper has K = 4 for four."""
     walls: int = 3
     """Wall cells."""
     episodes: int = 800
@@ -74,8 +77,15 @@ class StudySettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} = {value}", fix="It must be at least 1.")
+        if self.spare is not None and self.spare < 0:
+            raise SettingsError(f"spare = {self.spare}", fix="It must not be negative.")
         if not self.agents or min(self.agents) < 1:
             raise SettingsError(f"agents = {self.agents}", fix="Give one or more numbers of agents.")
+
+    @property
+    def spare_factors(self) -> int:
+        """`spare`, or what stands for it."""
+        return (0 if self.recipe == "multigrid" else 2) if self.spare is None else self.spare
 
 
 class Cell(NamedTuple):
@@ -111,13 +121,13 @@ def data_digest(settings: StudySettings, agents: int) -> str:
 
 
 def base_config(settings: StudySettings, agents: int, seed: int) -> Config:
-    """FLAM with as many factors as there are agents, and two to spare for starts that go to something else.
+    """FLAM with as many factors as there are agents, and some to spare for starts that go to something else.
 
     Each factor has a latent action of the recipe's width, and so the total width that all rivals share.
     """
     make_world("grid", **world_options(settings, agents))  # raises SettingsError if they do not fit
     recipe = get_recipe(settings.recipe)
-    factors = agents + 2
+    factors = agents + settings.spare_factors
     model = replace(recipe.model, factors=factors, latent_width=factors * recipe.model.action_dim)
     first = replace(recipe.tokenizer_stage, steps=settings.tokenizer_steps or recipe.tokenizer_stage.steps)
     second = replace(recipe.flam_stage, steps=settings.steps or recipe.flam_stage.steps)
@@ -149,9 +159,8 @@ def ablation_cells(settings: StudySettings) -> list[Cell]:
     for seed in range(settings.seeds):
         base = base_config(settings, _ABLATED_AGENTS, seed)
         changed = {name: apply_variant(base, name) for name in _ABLATIONS}
-        for factors in (2, 4, 8):
-            model = replace(base.model, factors=factors, latent_width=factors * base.model.action_dim)
-            changed[f"factors-{factors}"] = replace(base, model=model)
+        for factors in _FACTORS:  # of one total width, as in the paper: each has the less for itself
+            changed[f"factors-{factors}"] = replace(base, model=replace(base.model, factors=factors))
         for beta in _BETAS:
             changed[f"beta-{beta:g}"] = replace(base, loss=replace(base.loss, beta=beta))
         chosen = _chosen(settings, tuple(changed))

@@ -17,6 +17,7 @@ from flam_core.config import Config
 from flam_core.config_json import given_values, to_dict
 from flam_core.data.ingest import ingest_world
 from flam_core.errors import FlamError
+from flam_core.learning.collapse import CollapseWatch
 from flam_core.model import Flam
 from flam_core.saved_model import save_model, weights_to_bytes
 from flam_core.worlds import make_world
@@ -58,16 +59,15 @@ def _run(
     remote: Any = ray.remote(num_cpus=1, num_gpus=settings.gpus, max_retries=0)
     make, fit, train = remote(make_data), remote(fit_tokenizer), remote(train_cell)
     data: dict[int, Any] = {}
-    tokenizers: dict[str, Any] = {}
+    tokenizers: dict[Path, Any] = {}
     running: dict[Any, Cell] = {}
     for cell in waiting:
         if cell.agents not in data:
             data[cell.agents] = make.remote(settings, folder, cell.agents)
-        tokenizer = _tokenizer_config(cell)
-        key = f"{cell.agents}-{tokenizer.sha256()}"
-        if key not in tokenizers:
-            tokenizers[key] = fit.remote(settings, folder, cell.agents, tokenizer, data[cell.agents])
-        running[train.remote(settings, folder, cell, tokenizers[key], data[cell.agents])] = cell
+        place = tokenizer_place(settings, folder, cell)
+        if place not in tokenizers:
+            tokenizers[place] = fit.remote(settings, place, tokenizer_config(cell), data[cell.agents])
+        running[train.remote(settings, folder, cell, tokenizers[place], data[cell.agents])] = cell
     for cell, result, left in as_they_finish(running):
         say(f"{cell.name}: {_said(result)}; {left}")
         results.show(cell.name, result)
@@ -83,25 +83,35 @@ def _said(result: dict[str, Any]) -> str:
 
 def make_data(settings: StudySettings, folder: Path, agents: int) -> str:
     """The data set of a world, made if it is not there; its path. A Ray task."""
-    location = resolve(folder / "data" / f"grid-agents{agents}-{data_digest(settings, agents)[:8]}")
+    location = resolve(folder / "data" / _data_name(settings, agents))
     if not Path(location.path, "manifest.json").exists():
         world = make_world("grid", **world_options(settings, agents))
         ingest_world(world, location.fs, location.path, episodes=settings.episodes, frames=FRAMES)
     return location.path
 
 
-def _tokenizer_config(cell: Cell) -> Config:
+def _data_name(settings: StudySettings, agents: int) -> str:
+    return f"grid-agents{agents}-{data_digest(settings, agents)[:8]}"
+
+
+def tokenizer_config(cell: Cell) -> Config:
     """The config whose stage 1 gives a cell its tokenizer: all models of a world and seed share it."""
     config = cell.config
     model = replace(type(config.model)(), temporal_window=config.model.temporal_window)
-    return replace(config, model=model, loss=type(config.loss)(), slot_hold=0.0, variant="flam")
+    return replace(config, model=model, loss=type(config.loss)(), slot_hold=0.0, latent_freeze=1.0, variant="flam")
 
 
-def fit_tokenizer(settings: StudySettings, folder: Path, agents: int, config: Config, data: str) -> str:
-    """Train stage 1, if it is not done; the path of the weights. A Ray task."""
-    stage = given_values(config.tokenizer_stage), given_values(config.tokenizer), config.seed, Path(data).name
+def tokenizer_place(settings: StudySettings, folder: Path, cell: Cell) -> Path:
+    """The file of a cell's tokenizer, named by all that it follows from."""
+    config = cell.config
+    data = _data_name(settings, cell.agents)
+    stage = given_values(config.tokenizer_stage), given_values(config.tokenizer), config.seed, data
     digest = hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()[:12]
-    place = folder / "tokenizers" / f"agents{agents}-seed{config.seed}-{digest}.safetensors"
+    return folder / "tokenizers" / f"agents{cell.agents}-seed{config.seed}-{digest}.safetensors"
+
+
+def fit_tokenizer(settings: StudySettings, place: Path, config: Config, data: str) -> str:
+    """Train stage 1, if it is not done; `place`, where the weights are. A Ray task."""
     if not place.exists():
         steps = config.tokenizer_stage.steps
         trainer = train_here(config, data, until=steps, name=place.stem, threads=settings.threads, gpus=settings.gpus)
@@ -119,6 +129,7 @@ def train_cell(settings: StudySettings, folder: Path, cell: Cell, tokenizer: str
         tokenizer_sha256=hashlib.sha256(weights).hexdigest(),
     )
     result: dict[str, Any] = {"model": cell.model, "agents": cell.agents, "seed": cell.seed}
+    watch = CollapseWatch(config)
     try:
         trainer = train_here(
             config,
@@ -128,6 +139,7 @@ def train_cell(settings: StudySettings, folder: Path, cell: Cell, tokenizer: str
             threads=settings.threads,
             gpus=settings.gpus,
             tokenizer=weights,
+            watch=watch,
         )
         trained = time.monotonic()
         measured = evaluate_on(
@@ -141,6 +153,7 @@ def train_cell(settings: StudySettings, folder: Path, cell: Cell, tokenizer: str
         result |= {"metrics": measured.metrics, "notes": list(measured.notes), "train_seconds": trained - begun}
         save_model(trainer.model.cpu(), folder / "models" / cell.name, f"# {cell.name}\n\nOne training of a study.\n")
         result |= {"weights": _count(trainer.model), "device": _device_name(trainer.device)}
+    result["findings"] = sorted(watch.holding)
     result |= {"config": to_dict(config), "seconds": time.monotonic() - begun}
     Results(folder, Path(settings.out)).keep(cell.name, result)
     return result

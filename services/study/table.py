@@ -17,7 +17,10 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from flam_core.config import Config
+from flam_core.evaluation.slots import steered
 from flam_core.evaluation.stats import over_seeds
+from flam_core.variants import dynamics_weights
 from services.study.plan import Cell
 from services.training.lineage import hardware
 
@@ -34,11 +37,14 @@ _SPREAD = {
     "shuffled@1": "shuffled/psnr@1",
     "shuffled@10": "shuffled/psnr@10",
     "action_probe": "action_probe/visible_accuracy",
+    "action_probe_gain": "action_probe/visible_gain",
     "action_probe_told": "action_probe/accuracy",
     "action_probe_state_only": "action_probe/state_only",
     "action_probe_others_gain": "action_probe/others_gain",
+    "action_probe_others_gain_max": "action_probe/others_gain_max",
     "position_probe": "dci/i",
     "slots_used": "slots/used",
+    "steered": "slots/steered",
 }
 """Columns with mean, se, low, high and n, and the metric that each comes from."""
 _BELOW = {
@@ -55,14 +61,18 @@ def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
     `psnr@1` and other columns are {mean, se, low, high, n} over seeds (all but mean and n null with one seed), or null
     where nothing was measured; `dci` is {d, c, i} and `dci_se` its standard errors, `leakage` a number and `leakage_se`
     its error. `failed` says which seeds gave no
-    numbers, and why.
+    numbers, and why, and `findings` by seed what was wrong when a training ended, for those that recorded it.
+    `weights_compared` are those that models of one world are alike in (`variants.dynamics_weights`).
     """
     groups: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    configs: dict[tuple[str, int], Config] = {}
     for cell, result in results:
         groups[cell.model, cell.agents].append(result)
+        configs[cell.model, cell.agents] = cell.config
     rows = []
     for (model, agents), group in groups.items():
-        good = [result["metrics"] for result in group if "metrics" in result]
+        config = configs[model, agents]
+        good = [_with_steered(result["metrics"]) for result in group if "metrics" in result]
         row: dict[str, Any] = {"model": model, "agents": agents, "seeds": len(good)}
         row |= {name: _estimate(good, key) for name, key in _SPREAD.items()}
         row |= {name: _estimate(good, *keys) for name, keys in _BELOW.items()}
@@ -73,11 +83,21 @@ def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
         leakage = _estimate(good, "leakage")
         row["leakage"] = leakage and leakage["mean"]
         row["leakage_se"] = leakage and leakage["se"]
+        row["findings"] = {
+            str(result["seed"]): result["findings"] for result in group if result.get("findings") is not None
+        }
         row["failed"] = {str(result["seed"]): result["failed"] for result in group if "failed" in result}
         row["seconds"] = statistics.mean(result["seconds"] for result in group)
         row["weights"] = next((result["weights"] for result in group if "weights" in result), None)
+        row["weights_compared"] = dynamics_weights(config.model, config.tokenizer)
         rows.append(row)
     return rows
+
+
+def _with_steered(metrics: dict[str, float]) -> dict[str, float]:
+    """For results from before evaluations gave it."""
+    share = steered(metrics)
+    return metrics if share is None else {**metrics, "slots/steered": share}
 
 
 def _estimate(metrics: Sequence[dict[str, float]], key: str, less: str | None = None) -> dict[str, Any] | None:
@@ -137,6 +157,9 @@ def _markdown(name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> s
             f"{row['seconds'] / 60:.1f} |"
         )
     for row in rows:
+        for seed, found in row["findings"].items():
+            if found:
+                lines.append(f"\n{row['model']}, {row['agents']} agents, seed {seed}, at its end: {', '.join(found)}")
         for seed, reason in row["failed"].items():
             lines.append(f"\n{row['model']}, {row['agents']} agents, seed {seed}: {reason}")
     return "\n".join(lines) + "\n"

@@ -17,6 +17,8 @@ from ray.exceptions import RayError
 
 from flam_core.config import Config
 from flam_core.data.manifest import read_manifest
+from flam_core.errors import EnvironmentFault
+from flam_core.learning.collapse import LOG_EVERY, CollapseWatch
 from flam_core.learning.trainer import Trainer
 from services.feed import Assembler, FeedPlan, FeedSource, flam_cause, local_steps
 from services.feed.prefetch import memory_for
@@ -29,18 +31,38 @@ _SAY_EVERY = 200
 
 
 @contextmanager
-def ray_for(address: str | None, tasks: int, object_store: int = 128 << 20) -> Iterator[None]:
+def ray_for(
+    address: str | None, tasks: int, object_store: int = 128 << 20, *, cpus: float = 1, gpus: float = 0
+) -> Iterator[None]:
     """A cluster that is joined (`address`, else RAY_ADDRESS), or a local Ray for so many tasks at a time with so many
-    bytes for what they hand on, which ends afterwards. Raises EnvironmentFault if there is none."""
+    bytes for what they hand on, which ends afterwards. cpus, gpus: what one task takes.
+
+    Raises EnvironmentFault if there is none, or none of its nodes can ever run a task.
+    """
     if ray.is_initialized():
+        check_task(cpus, gpus)
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
     join_or_start(address, {"num_cpus": tasks, "object_store_memory": object_store}, logging_level=logging.WARNING)
     try:
+        check_task(cpus, gpus)
         yield
     finally:
         ray.shutdown()
+
+
+def check_task(cpus: float, gpus: float) -> None:
+    """Raises EnvironmentFault if no node has the CPUs and GPUs of one task: Ray would let it wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in nodes):
+        return
+    whole = ray.cluster_resources()
+    raise EnvironmentFault(
+        f"a task needs {cpus:g} CPUs and {gpus:g} GPUs of one node, and none has them: the cluster has "
+        f"{whole.get('CPU', 0):g} CPUs and {whole.get('GPU', 0):g} GPUs in all, on {len(nodes)} nodes",
+        fix="Lower --threads or --gpus, or add such a node.",
+    )
 
 
 def result_of(reference: Any) -> Any:
@@ -113,9 +135,21 @@ def write_whole(place: Path, content: bytes) -> None:
 
 
 def train_here(
-    config: Config, data: str, *, until: int, name: str, threads: int, gpus: float, tokenizer: bytes | None = None
+    config: Config,
+    data: str,
+    *,
+    until: int,
+    name: str,
+    threads: int,
+    gpus: float,
+    tokenizer: bytes | None = None,
+    watch: CollapseWatch | None = None,
 ) -> Trainer:
-    """A trainer after `until` steps: the same program, sample order and noise as a Ray Train run with one worker."""
+    """A trainer after `until` steps: the same program, sample order and noise as a Ray Train run with one worker.
+
+    watch: what sees the log lines, for who wants to know what holds at the end. What begins to go wrong is printed.
+    """
+    watch = watch or CollapseWatch(config)
     torch.set_num_threads(threads)
     device = torch.device("cuda" if gpus else "cpu")
     stages = stage_plans(config)
@@ -128,6 +162,11 @@ def train_here(
                 break
             actions = None if batch.actions is None else torch.from_numpy(batch.actions).to(device)
             meters = trainer.train_step(torch.from_numpy(batch.frames).to(device), batch.ids, actions, batch.places)
+            if trainer.step % LOG_EVERY == 0 or trainer.step == until:
+                values = {key: float(value) for key, value in meters.items()}
+                first = 0 if "tokenizer/loss" in values else config.tokenizer_stage.steps
+                for finding in watch.observe(trainer.step - first, values):
+                    print(f"{name}: warning: {finding}", flush=True)
             if trainer.step % _SAY_EVERY == 0:
                 said = ("tokenizer/psnr", "flam/explained", "flam/kl")
                 values = "  ".join(f"{key.split('/')[1]} {float(meters[key]):.3g}" for key in said if key in meters)

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from flam_core.flops import Peak, datasheet_peak, utilisation
-from flam_core.learning.collapse import CollapseWatch
+from flam_core.learning.collapse import LOG_EVERY, CollapseWatch
 from flam_core.learning.cost import step_flops
 from flam_core.learning.schedule import autocast_dtype
 from flam_core.learning.trainer import Trainer
@@ -24,7 +24,6 @@ from services.watch.gauges import HEALTH, SPEED, Gauges
 if TYPE_CHECKING:
     from services.training.held_out import EvaluationDuring
 
-_LOG_EVERY = 50
 _SUMMED = ("bytes_read", "retries", "broken_clips")
 
 
@@ -64,7 +63,7 @@ class TrainLog:
         batch = self._plan.stages[self._plan.stage_of(trainer.step - 1)[0]].batch_clips
         self._frames, self._steps = self._frames + batch * frames, self._steps + 1
         evaluated = self._evaluated(trainer)
-        if trainer.step % _LOG_EVERY and trainer.step != trainer.total_steps:
+        if trainer.step % LOG_EVERY and trainer.step != trainer.total_steps:
             if evaluated and self._journal is not None:
                 self._journal.log(trainer.step, evaluated)
             return
