@@ -45,7 +45,8 @@ def run_policies(
     """Each cell with its result (`return`, `returns`, `seconds`, ...), as they finish; those done before come first.
 
     Results are kept in the folder and, beside the table, in `settings.out`: a cell whose result is in either is not
-    done again. Raises EnvironmentFault, DataError or TrainingFailed for what goes wrong in a cell.
+    done again. Raises EnvironmentFault if no node can run a task, and EnvironmentFault, DataError or TrainingFailed for
+    what goes wrong in a cell.
     """
     folder = Path(settings.folder).absolute()
     results = Results(folder, Path(settings.out))
@@ -58,7 +59,8 @@ def run_policies(
     if not waiting:
         return
     say(f"{len(cells) - len(waiting)} of {len(cells)} cells are done already, {len(waiting)} to go")
-    with ray_for(settings.address, settings.tasks * settings.threads, _handed_on(settings)):
+    cpus, gpus = settings.threads, settings.gpus
+    with ray_for(settings.address, settings.tasks * cpus, _handed_on(settings), cpus=cpus, gpus=gpus):
         yield from _run(waiting, settings, folder, results, say)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import mlflow
 import pytest
+import ray
 
-from flam_core.errors import SettingsError
+from flam_core.errors import EnvironmentFault, SettingsError
 from flam_core.saved_model import save_model
 from services.policy import PolicySettings, evidence, policy_cells, with_model
+from services.study.tasks import ray_for
 from tests.services.conftest import environment, run_job, said
 from tests.steering_fixture import steered
 
@@ -143,3 +145,32 @@ def test_a_model_that_is_not_there_ends_the_program_before_anything_starts(tmp_p
     assert done.returncode == 4, said(done)
     assert "no model at nowhere" in done.stderr
     assert not (tmp_path / "outputs").exists()
+
+
+def test_tasks_that_no_node_can_run_end_the_program_instead_of_waiting(tmp_path: Path) -> None:
+    # Ray would let them wait for ever; on a machine with GPUs it sees none.
+    few = ["--labels", "100", "--methods", "bc", "--seeds", "1", "--gpus", "1"]
+    done = run_job([*POLICY, *few], environment(CUDA_VISIBLE_DEVICES=""), tmp_path, seconds=150)
+    assert done.returncode == 3, said(done)
+    assert "a task needs 1 CPUs and 1 GPUs of one node, and none has them: the cluster has 2 CPUs and 0" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "outputs/policy/data").exists()
+
+
+def test_a_task_must_fit_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def node(cpus: float, gpus: float, alive: bool = True) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {})}
+
+    nodes = [node(4, 0), node(2, 1), node(16, 8, alive=False)]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 6.0, "GPU": 1.0})
+    for cpus, gpus in ((4, 0), (2, 1), (1, 0.5)):
+        with ray_for(None, 2, cpus=cpus, gpus=gpus):
+            pass
+    for cpus, gpus in ((6, 0), (4, 1), (1, 2)):
+        with (
+            pytest.raises(EnvironmentFault, match=rf"needs {cpus} CPUs and {gpus} GPUs .* 6 CPUs and 1 GPUs in all"),
+            ray_for(None, 2, cpus=cpus, gpus=gpus),
+        ):
+            pass
