@@ -19,6 +19,8 @@ from services.policy.plan import LABELLED, Cell
 
 Result = tuple[Cell, dict[str, Any]]
 NAME = "policy"
+_FAR_ABOVE = 3.0
+"""Times the best policy."""
 _COLOURS = {"flam": "#c0392b", "bc": "#2c6fbb", "bc-all": "#2c6fbb", "expert": "0.25", "random": "0.6"}
 _LINES = {"bc-all": "--", "expert": "-", "random": ":"}
 
@@ -114,7 +116,8 @@ def _plot(rows: list[dict[str, Any]], place: Path) -> None:
     figure, axes = plt.subplots(1, len(envs), figsize=(5.2 * len(envs), 4), squeeze=False, constrained_layout=True)
     for axis, env in zip(axes[0], envs, strict=True):
         _panel(axis, [row for row in rows if row["env"] == env])
-        axis.set(title=env, xlabel="labelled transitions", ylabel="return on unseen levels")
+        axis.set(xlabel="labelled transitions", ylabel="return on unseen levels")
+        axis.set_title(env, loc="left")
     named = {name: line for axis in axes[0] for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=len(named), fontsize=8)
     figure.savefig(place, dpi=110)
@@ -139,4 +142,14 @@ def _panel(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
             axis.axhline(mean, color=_COLOURS[method], linestyle=_LINES[method], label=method)
             axis.axhspan(mean - error, mean + error, color=_COLOURS[method], alpha=0.12, linewidth=0)
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    _leave_out_expert(axis, rows)
     axis.grid(alpha=0.3)
+
+
+def _leave_out_expert(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Where it is far above all policies, it is said and not drawn: they would be one line at the bottom."""
+    expert = [row["return"] for row in rows if row["method"] == "expert"]
+    others = [row["return"]["mean"] for row in rows if row["method"] != "expert"]
+    if expert and others and expert[0]["mean"] > _FAR_ABOVE * max(others):
+        axis.set_ylim(min(0.0, 1.2 * min(others)), 1.2 * max(others))
+        axis.set_title(f"expert: {_shown(expert[0])}, far above", loc="right", fontsize=8)
