@@ -63,7 +63,7 @@ class LossConfig:
     """Share of the steps for which discrete latent actions are not quantised yet. Codes then start as clusters of what
     the dynamics have learnt to listen to; from random codes they may never begin to (docs/devlog.md)."""
     free_bits: float = 0.0
-    """Nats of a slot's KL, on average over the batch, that cost nothing."""
+    """Nats of a slot's KL, on average over the batch (or the part that a rank takes at a time), that cost nothing."""
     bridge: float = 0.0
     """Weight of predicting the next features from the *true* next slots. It trains what slots carry without waiting
     for the dynamics to work; the paper has none."""

@@ -175,12 +175,12 @@ _PANELS: dict[str, Callable[[dict[str, Any]], tuple[float, float] | None]] = {
     "PSNR after 1 step, dB": lambda row: _pair(row["psnr@1"]),
     "PSNR after 10 steps, dB": lambda row: _pair(row["psnr@10"]),
     "below the tokenizer's ceiling after 10 steps, dB": lambda row: _pair(row["below_ceiling@10"]),
-    "moves told from latent actions": lambda row: _pair(row["action_probe"]),
+    "action probe: what can be seen, told": lambda row: _pair(row["action_probe"]),
     "position probe (DCI's I)": lambda row: _pair(row["position_probe"]),
     "leakage": lambda row: None if row["leakage"] is None else (row["leakage"], row["leakage_se"] or 0.0),
 }
 
-_SHARES = ("moves told from latent actions", "position probe (DCI's I)", "leakage")
+_SHARES = ("action probe: what can be seen, told", "position probe (DCI's I)", "leakage")
 
 
 def _pair(estimate: dict[str, Any] | None) -> tuple[float, float] | None:

@@ -49,6 +49,8 @@ def test_a_study_does_each_training_once_and_writes_its_table(tmp_path: Path) ->
             if place.name.startswith(f"{row['model']}-agents{row['agents']}-")
         )
         assert row["psnr@1"]["mean"] == cell["metrics"]["rollout/psnr@1"]
+        assert row["findings"] == {"0": cell["findings"]}  # eight steps teach nothing: too few to say so
+        assert (row["steered"] is None) == (row["model"] == "monolithic-vq")
     assert found["trainings"] == "4 of 4"
     table = list(csv.DictReader((tmp_path / "docs/results/factoring.csv").read_text().splitlines()))
     assert [row["model"] for row in table] == ["flam", "monolithic-vq", "flam", "monolithic-vq"]
