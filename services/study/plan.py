@@ -79,8 +79,10 @@ class StudySettings:
                 raise SettingsError(f"{name} = {value}", fix="It must be at least 1.")
         if self.spare is not None and self.spare < 0:
             raise SettingsError(f"spare = {self.spare}", fix="It must not be negative.")
-        if not self.agents or min(self.agents) < 1:
-            raise SettingsError(f"agents = {self.agents}", fix="Give one or more numbers of agents.")
+        if not 0 <= self.gpus <= 1:
+            raise SettingsError(f"gpus = {self.gpus}", fix="A training uses one device: choose 0 to 1.")
+        if not self.agents or min(self.agents) < 1 or len(set(self.agents)) < len(self.agents):
+            raise SettingsError(f"agents = {self.agents}", fix="Give one or more numbers of agents, each once.")
 
     @property
     def spare_factors(self) -> int:

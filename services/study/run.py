@@ -49,7 +49,7 @@ def run_study(
     if not waiting:
         return
     say(f"{len(cells) - len(waiting)} of {len(cells)} trainings are done already, {len(waiting)} to go")
-    with ray_for(settings.address, settings.tasks):
+    with ray_for(settings.address, settings.tasks, gpus=settings.gpus):
         yield from _run(waiting, settings, folder, results, say)
 
 

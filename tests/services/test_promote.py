@@ -155,7 +155,7 @@ def test_two_promotions_at_once_cannot_both_win(shelf: Shelf) -> None:
 def test_a_lock_that_the_database_refuses_is_told_by_who_has_it(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch, of_another: bool, said: str
 ) -> None:
-    """It refuses the second of two who add it in the same instant: about one pair in a hundred, so it is made to here."""
+    """It refuses the second of two who add it in the same instant: one pair in a hundred, so it is made to."""
     shelf.put(model(), "one")
     database = sqlite3.connect(shelf.tracking.artifacts.parent / "mlflow.db", timeout=30, isolation_level=None)
     wait_for = Champions._wait_for
@@ -166,9 +166,8 @@ def test_a_lock_that_the_database_refuses_is_told_by_who_has_it(
             held = json.dumps({"token": "of another", "renewed": 0})
             shelf.tracking.client.set_registered_model_tag(shelf.name, "flam.promotion", held)
         for event in ("INSERT", "UPDATE"):
-            database.execute(
-                f"CREATE TRIGGER refuse_{event} BEFORE {event} ON registered_model_tags BEGIN SELECT RAISE(ABORT, 'refused here'); END"
-            )
+            refuse = f"CREATE TRIGGER refuse_{event} BEFORE {event} ON registered_model_tags"
+            database.execute(f"{refuse} BEGIN SELECT RAISE(ABORT, 'refused here'); END")
 
     monkeypatch.setattr(Champions, "_wait_for", and_then_another_comes)
     try:

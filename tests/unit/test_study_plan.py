@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,8 +47,20 @@ def test_the_papers_k_and_latent_width_are_what_the_recipe_for_gpus_compares() -
     assert (flam.config.model.factors, flam.config.model.latent_width) == (4, 256)
     (more,) = factoring_cells(StudySettings(recipe="multigrid", agents=(4,), models=("flam",), seeds=1, spare=1))
     assert more.config.model.factors == 5
-    with pytest.raises(SettingsError, match="spare = -1"):
-        StudySettings(spare=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"spare": -1}, "spare = -1"),
+        ({"gpus": -1}, "gpus = -1"),
+        ({"gpus": 2}, "gpus = 2"),
+        ({"agents": (2, 2)}, "agents = "),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_at_once(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        StudySettings(**settings)
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "multigrid"])
