@@ -30,6 +30,11 @@ def prefixes(metrics: typing.Iterable[str]) -> set[str]:
     return {key.split("/")[0].split("@")[0].removesuffix("_se") for key in metrics}
 
 
+def not_of_slots(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Without those on slots that do not steer what they stand for, as slots of random weights may not."""
+    return tuple(note for note in notes if "does not steer" not in note)
+
+
 def test_evaluate_measures_everything_on_a_real_model() -> None:
     evaluation = measured()
     assert evaluation.notes == NO_WEIGHTS
@@ -118,7 +123,7 @@ def test_without_ground_truth_what_needs_it_is_absent_and_the_reason_is_given() 
     assert "leakage" not in result.metrics
     assert "leakage/in_mask" in result.metrics
     assert "slots/used" in result.metrics
-    assert result.notes == (
+    assert not_of_slots(result.notes) == (
         "The horizon curve ends at step 2, not 5: clips have 5 frames.",
         "No DCI: no train clip has ground-truth positions and 4 frames.",
         "No action probe: no train clip has true actions and 4 frames.",
@@ -138,7 +143,7 @@ def test_only_what_the_settings_name_is_measured() -> None:
     assert prefixes(result.metrics) >= {"rollout", "slots"}
     assert not prefixes(result.metrics) & {"dci", "probe", "action_probe", "leakage", "horizon"}
     assert result.correspondence is None
-    assert result.notes == ()
+    assert not_of_slots(result.notes) == ()
 
 
 def test_measures_while_training_are_few_and_disturb_nothing() -> None:
