@@ -37,7 +37,7 @@ def not_of_slots(notes: tuple[str, ...]) -> tuple[str, ...]:
 
 def test_evaluate_measures_everything_on_a_real_model() -> None:
     evaluation = measured()
-    assert evaluation.notes == NO_WEIGHTS
+    assert not_of_slots(evaluation.notes) == NO_WEIGHTS
     assert evaluation.correspondence is not None
     assert evaluation.rollouts.masks is not None
     assert evaluation.rollouts.masks.shape == (4, 4, 3, 36)
