@@ -184,11 +184,7 @@ class ServedModel:
             shortest = min(len(frames) for frames in several)
             stacked = torch.from_numpy(np.stack([frames[:shortest] for frames in several]))
             actions = discover_actions(model, stacked, seed=self._seed)
-        shape = [(actions.slots, vectors.shape[1]) for vectors in actions.vectors]
-        if set(shape) != {(model.factors, model.dynamics.config.action_dim)}:
-            raise DataError(
-                f"the discovered actions beside {self._address} are of another model", fix="Delete its actions.json."
-            )
+        actions.check_model(model, self._address)
         return Served(model.eval(), actions, self._address, version, saved_sha256(folder))
 
 
