@@ -213,16 +213,11 @@ def _check_model(address: str, tracking: str) -> None:
 def _app(settings: PlayerSettings, access: Access, tracking: str) -> Any:
     limits = settings.limits
     actor = {"num_cpus": _MODEL_CPUS, "num_gpus": settings.gpus}
-    scenes = _deployment(Scenes, actor, max_ongoing_requests=4, max_queued_requests=limits.queue)
-    inference = _deployment(
-        Inference,
-        actor,
-        num_replicas=settings.replicas,
-        max_ongoing_requests=2 * limits.batch,
-        max_queued_requests=limits.queue,
-    )
-    # It bounds by itself what waits in it (`Guard`), and answers in JSON, which Serve would not.
-    door = _deployment(Door, {"num_cpus": _DOOR_CPUS}, max_ongoing_requests=10 * limits.queue)
+    # The door bounds what waits in it (`Guard`) and in the others (`Line`), in JSON, which Serve would not answer in.
+    room = {"max_ongoing_requests": 10 * limits.queue}
+    scenes = _deployment(Scenes, actor, **room)
+    inference = _deployment(Inference, actor, num_replicas=settings.replicas, **room)
+    door = _deployment(Door, {"num_cpus": _DOOR_CPUS}, **room)
     return door.bind(settings, access, scenes.bind(settings, tracking), inference.bind(settings, tracking))
 
 

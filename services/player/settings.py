@@ -40,7 +40,7 @@ class Limits:
     batch: int = 8
     """Requests to the API that go through the model together."""
     queue: int = 32
-    """Requests that wait for the model; the next is told to come again."""
+    """Requests to each deployment that wait or are worked on; the next is told to come again."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -86,8 +86,10 @@ class PlayerSettings:
             raise SettingsError(f"seed = {self.seed}", fix="Choose 0 to 9007199254740991.")
         if self.clip_frames < 2:
             raise SettingsError(f"clip_frames = {self.clip_frames}", fix="A clip to start from has 2 frames or more.")
-        if not self.poll_seconds > 0 or self.gpus < 0:
-            raise SettingsError("poll_seconds must be above 0, and gpus not below", fix="Leave them as they are.")
+        if not self.poll_seconds > 0:
+            raise SettingsError(f"poll_seconds = {self.poll_seconds}", fix="It must be above 0.")
+        if not 0 <= self.gpus <= 1:
+            raise SettingsError(f"gpus = {self.gpus}", fix="A process uses one device: choose 0 to 1.")
 
 
 @dataclass(frozen=True)

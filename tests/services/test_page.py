@@ -226,7 +226,7 @@ def test_keys_alone_are_enough(page: Page) -> None:
     assert np.array_equal(pixels(page), before)
     assert page.evaluate("document.activeElement.dataset.slot") == "1"  # the focus is where it was
     page.keyboard.press("n")
-    until(page, "document.getElementById('clip').value === '2'")
+    until(page, "document.getElementById('status').textContent.startsWith('Scene 2 ')")  # said when it is drawn
     assert not np.array_equal(pixels(page), before)
     page.keyboard.press("Escape")
     assert taken(page) is None

@@ -172,8 +172,8 @@ def test_what_ray_meets_is_one_line_with_what_to_do(cluster: Serve, method: str,
 def test_more_gpus_than_there_are_end_the_program(tmp_path: Path) -> None:
     model, data = save_small_model(tmp_path / "model", 0), small_grid(tmp_path / "grid")
     (port,) = free_ports(1)
-    words = ["play", str(model), "--data", str(data), "--port", str(port), "--gpus", "64"]
+    words = ["play", str(model), "--data", str(data), "--port", str(port), "--gpus", "1", "--replicas", "63"]
     done = run_job(words, environment(), tmp_path, seconds=200)
     assert done.returncode == 3, said(done)
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("flam: error:")]
-    assert "need 128 GPUs in all" in error
+    assert "need 64 GPUs in all" in error

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,13 @@ import pytest
 from fastapi import FastAPI
 from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from flam_core.errors import DataError, EnvironmentFault, pack
 from services.player import app, deployments
-from services.player.app import make_app
+from services.player.app import Line, make_app
 from services.player.deployments import Inference, Scenes
+from services.player.errors import Busy
 from services.player.guard import Access
 from services.player.settings import PlayerSettings
 from services.player.wire import OpenBody, frames_to_text
@@ -128,17 +130,12 @@ def test_health_tells_of_a_process_that_could_not_start() -> None:
     assert ask("/health", scenes=FINE, inference=FINE) == (200, {"status": "ok"})
 
 
-async def full() -> str | None:
-    raise BackPressureError(6, 6)
-
-
-async def waits() -> str | None:
+async def busy() -> str | None:
     await asyncio.sleep(60)
     return None
 
 
-@pytest.mark.parametrize("busy", [full, waits])
-def test_health_of_a_busy_player_is_what_it_was(busy: Told) -> None:
+def test_health_of_a_busy_player_is_what_it_was() -> None:
     began = time.monotonic()
     assert ask("/health", scenes=Process(raising(KeyError()), busy), inference=FINE) == (200, {"status": "ok"})
     failed = pack(DataError("model.safetensors is missing", fix="Train it."))
@@ -150,6 +147,41 @@ def test_health_of_a_busy_player_is_what_it_was(busy: Told) -> None:
     made = make_app(SETTINGS, Access(None, None), FINE, Process(raising(KeyError()), ready))
     assert [answered(made, "/health")[0] for _ in range(2)] == [503, 503]
     assert time.monotonic() - began < 30
+
+
+def test_a_full_line_refuses_who_comes_and_a_place_is_free_again_after_each() -> None:
+    working = asyncio.Event()
+
+    class Slow:
+        async def work(self, given: object) -> object:
+            await working.wait()
+            if given == "wrong":
+                raise RayTaskError("work", "", DataError("no", fix="None."))
+            return given
+
+        def __getattr__(self, _: str) -> Any:
+            return SimpleNamespace(remote=self.work)
+
+    async def main() -> None:
+        line = Line(Slow(), 2)
+        first, wrong = (asyncio.create_task(line.ask("infer", given)) for given in (1, "wrong"))
+        await asyncio.sleep(0)
+        with pytest.raises(Busy):
+            await line.ask("roll", 3)
+        working.set()
+        assert await first == 1
+        with pytest.raises(DataError):
+            await wrong
+        working.clear()
+        gone = asyncio.create_task(line.ask("infer", 4))
+        await asyncio.sleep(0)
+        gone.cancel()  # whose client has gone
+        with suppress(asyncio.CancelledError):
+            await gone
+        working.set()
+        assert await asyncio.gather(line.ask("infer", 5), line.ask("infer", 6)) == [5, 6]
+
+    asyncio.run(main())
 
 
 def test_latent_actions_are_bounded_and_not_read_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

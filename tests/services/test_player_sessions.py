@@ -315,7 +315,14 @@ def test_settings_that_cannot_be_are_named() -> None:
     for value in (0, -1, math.nan, math.inf):
         with pytest.raises(SettingsError, match=r"limits\.idle_seconds"):
             Limits(idle_seconds=value)
-    for change in ({"seed": -1}, {"seed": 2**53}, {"clip_frames": 1}, {"replicas": 0}, {"poll_seconds": math.nan}):
+    for change in (
+        {"seed": -1},
+        {"seed": 2**53},
+        {"clip_frames": 1},
+        {"replicas": 0},
+        {"poll_seconds": math.nan},
+        {"gpus": 1.5},
+    ):
         with pytest.raises(SettingsError, match=next(iter(change))):
             PlayerSettings(model="model", **change)
     with pytest.raises(SettingsError, match="--no_token and --token"):
