@@ -31,7 +31,7 @@ from flam_core.saved_model import WEIGHTS, save_model
 from services.policy.evidence import TRAINED, model_used
 from services.policy.plan import CLONED, Cell, PolicySettings, data_name, flam_config, flam_place, world_of
 from services.storage import resolve
-from services.study.tasks import Results, as_they_finish, ray_for, refuse_broken, source_of, train_here
+from services.study.tasks import RETRIES, Results, as_they_finish, ray_for, refuse_broken, source_of, train_here
 
 _ALL = 1 << 40
 _OBJECT_STORE = 256 << 20
@@ -74,8 +74,8 @@ def _handed_on(settings: PolicySettings) -> int:
 def _run(
     waiting: Sequence[Cell], settings: PolicySettings, folder: Path, results: Results, say: Callable[[str], None]
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    remote: Any = ray.remote(num_cpus=settings.threads, num_gpus=settings.gpus, max_retries=0)
-    light: Any = ray.remote(num_cpus=1, max_retries=0)
+    remote: Any = ray.remote(num_cpus=settings.threads, num_gpus=settings.gpus, max_retries=RETRIES)
+    light: Any = ray.remote(num_cpus=1, max_retries=RETRIES)
     make, read = light(make_data), light(read_data)
     train, infer, measure = remote(train_flam), remote(infer_actions), remote(measure_cell)
     given = settings.model

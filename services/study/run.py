@@ -23,7 +23,16 @@ from flam_core.saved_model import save_model, weights_to_bytes
 from flam_core.worlds import make_world
 from services.storage import resolve
 from services.study.plan import FRAMES, Cell, StudySettings, data_digest, world_options
-from services.study.tasks import Results, as_they_finish, ray_for, refuse_broken, source_of, train_here, write_whole
+from services.study.tasks import (
+    RETRIES,
+    Results,
+    as_they_finish,
+    ray_for,
+    refuse_broken,
+    source_of,
+    train_here,
+    write_whole,
+)
 from services.training.held_out import evaluate_on
 
 _TRAINING_FAILED = 5
@@ -56,7 +65,7 @@ def run_study(
 def _run(
     waiting: Sequence[Cell], settings: StudySettings, folder: Path, results: Results, say: Callable[[str], None]
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    remote: Any = ray.remote(num_cpus=1, num_gpus=settings.gpus, max_retries=0)
+    remote: Any = ray.remote(num_cpus=1, num_gpus=settings.gpus, max_retries=RETRIES)
     make, fit, train = remote(make_data), remote(fit_tokenizer), remote(train_cell)
     data: dict[int, Any] = {}
     tokenizers: dict[Path, Any] = {}

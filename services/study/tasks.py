@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from flam_core.config import Config
 from flam_core.data.manifest import read_manifest
@@ -27,6 +27,8 @@ from services.training.cluster import join_or_start
 from services.training.data import stage_plans
 
 CellT = TypeVar("CellT")
+RETRIES = 2
+"""How often a task is begun anew whose process or node is lost. What a task itself raises is final."""
 _SAY_EVERY = 200
 
 
@@ -66,14 +68,23 @@ def check_task(cpus: float, gpus: float) -> None:
 
 
 def result_of(reference: Any) -> Any:
-    """What a task gave. Raises a FlamError that it ended with as it was, without Ray's traceback in its message."""
+    """What a task gave. Raises a FlamError that it ended with as it was, without Ray's traceback in its message;
+    EnvironmentFault if its process was lost, and was so each time it was begun anew."""
     try:
         return ray.get(reference)
     except RayError as error:
         cause = flam_cause(error)
-        if cause is None:
+        if cause is None and isinstance(error, RayTaskError):  # a mistake in what it runs: its traceback says where
             raise
-        raise cause from error
+        raise cause or _lost(error) from error
+
+
+def _lost(error: RayError) -> EnvironmentFault:
+    why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return EnvironmentFault(
+        f"the process of a task was lost {1 + RETRIES} times: {why}",
+        fix="Was it killed, or the memory too small (fewer --tasks)? The same command goes on with what is not done.",
+    )
 
 
 def as_they_finish(running: Mapping[Any, CellT]) -> Iterator[tuple[CellT, Any, str]]:
