@@ -1,6 +1,6 @@
 """Arrow keys: the latent action that moves a slot up, right, down or left from where it stands.
 
-A continuous latent action often says where its entity comes to, not which way it goes: then no single vector means
+A continuous latent action may say from where its entity goes as well as which way: then no single vector means
 "up" everywhere. So what a slot did from places near by is looked up, and of the candidates that is taken which the
 model itself predicts to go the right way.
 """

@@ -31,7 +31,8 @@ _STYLE = """
 .swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .4rem;
   vertical-align: -.05rem; }
 section { border-top: 1px solid var(--line); margin-top: 1.5rem; }
-.scroll th, .scroll td { overflow-wrap: normal; white-space: nowrap; }
+.scroll th { overflow-wrap: normal; vertical-align: bottom; }
+.scroll td { white-space: nowrap; }
 .codes { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .75rem; }
 .code { background: var(--box); border-radius: .5rem; padding: .6rem .75rem .75rem; }
 .code h3 { font-size: 1rem; margin: 0; display: flex; align-items: center; gap: .5rem; }
@@ -98,8 +99,8 @@ slot moves one thing, and nothing else changes.</p>
 where it stands, as the arrow keys of <code>jobs/play.py</code> and <code>jobs/generate.py --mode edit --slot I
 --toward left</code> do; edges, walls and
 others stop it. <b>Codes</b>: the same latent action five times (<code>--code C</code>). A continuous latent
-action often says which place its entity comes to and not which way it goes; the same code then moves it differently in
-each place.</p>"""
+action may say from where its entity goes as well as which way; the same code can then move it differently in each
+place, and <i>moves alike</i> below 1 says so.</p>"""
 
 
 def _sprites(films: list[np.ndarray]) -> list[str]:
