@@ -19,6 +19,9 @@ from flam_core.model.prediction import Prediction
 from flam_core.model.prior import ActionPrior
 from flam_core.model.tokenizer import Tokenizer
 
+_SETTLING = 2
+"""Rounds of `Flam.settled`: the first gains most, four no more than two (docs/devlog.md)."""
+
 
 class Dynamics(nn.Module):
     """Factorizer, inverse dynamics, forward dynamics and aggregator: what stage 2 trains."""
@@ -178,6 +181,25 @@ class Flam(nn.Module):
         return self.dynamics.prior.sample(slots[:, -window:], self.dynamics.latent, generator)
 
     @torch.no_grad()
+    def settled(self, z: Tensor, slots: Tensor, taken: Tensor, actions: Tensor) -> Tensor:
+        """Latent actions [B, K, A] near given ones [B, K, A] that the model itself would infer: it draws the frame that
+        they lead to, reads it, and takes what it infers between the two, twice. The paper has none of this.
+
+        Inferred latent actions lie in tight clusters, a move from a place, and a draw from the learned prior often lies
+        beside them, where the dynamics was never trained (docs/devlog.md, 1 December 2026).
+
+        z: [B, t, P, C]. slots: [B, t, K, D] of the same frames. taken: [B, t - 1 or more, K, A], up to the last frame.
+        """
+        window = self.dynamics.config.temporal_window
+        z, slots = z[:, -window:], slots[:, -window:]
+        for _ in range(_SETTLING):
+            path = torch.cat([taken, actions[:, None]], dim=1)[:, -slots.shape[1] :]
+            next_z, _ = self.dynamics.step(z[:, -1], slots, path)
+            seen = self.encode((self.decode(next_z) * 255).round().to(torch.uint8))
+            actions = self.infer_actions(self.slots(torch.cat([z, seen], dim=1))[0])[:, -1]
+        return actions
+
+    @torch.no_grad()
     def rollout(self, frames_u8: Tensor, actions: Tensor, feedback: Literal["slots", "frames"] = "slots") -> Tensor:
         """Frames float [B, S, H, W, 3] in [0, 1] that follow the t given ones under the given latent actions.
 
@@ -197,7 +219,7 @@ class Flam(nn.Module):
         feedback: Literal["slots", "frames"] = "slots",
     ) -> tuple[Tensor, Tensor]:
         """A future that nobody has seen: frames float [B, S, H, W, 3] in [0, 1] and the latent actions [B, t - 1 + S,
-        K, A] that lead to them, drawn step by step from the learned prior.
+        K, A] that lead to them, drawn step by step from the learned prior (and `settled` where frames are drawn).
 
         frames_u8: uint8 [B, t, H, W, 3]. Raises SettingsError for a model without latent actions of its own.
         """
@@ -226,7 +248,12 @@ class Flam(nn.Module):
             taken = slots.new_empty(len(slots), 0, self.factors, self.dynamics.config.action_dim)
         drawn = []
         for i in range(known, known + steps):
-            last = self.sample_next_actions(slots, generator) if actions is None else actions[:, i]
+            if actions is not None:
+                last = actions[:, i]
+            elif feedback == "frames":
+                last = self.settled(z, slots, taken, self.sample_next_actions(slots, generator))
+            else:
+                last = self.sample_next_actions(slots, generator)
             taken = torch.cat([taken, last[:, None]], dim=1)
             recent = slots[:, -window:]
             next_z, following = self.dynamics.step(z[:, -1], recent, taken[:, -recent.shape[1] :])

@@ -123,11 +123,15 @@ class Scene:
         return self.frame
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Latent actions [K, A] for the next step, drawn from the learned prior.
+        """Latent actions [K, A] for the next step, drawn from the learned prior as `Flam.imagine` does.
 
         Raises SettingsError for a model without latent actions of its own.
         """
-        return self.model.sample_next_actions(self._state.slots, generator)[0]
+        state = self._state
+        drawn = self.model.sample_next_actions(state.slots, generator)
+        if self.feedback == "frames":
+            drawn = self.model.settled(state.z, state.slots, state.actions, drawn)
+        return drawn[0]
 
     @torch.no_grad()
     def peek(self, actions: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -177,6 +177,24 @@ def test_imagined_futures_follow_the_seed_and_can_be_replayed(latent: str) -> No
     assert torch.allclose(model.rollout(frames, actions), first)
 
 
+@pytest.mark.parametrize("state", ["slots", "patches"])
+@pytest.mark.parametrize("latent", ["gaussian", "vq"])
+def test_imagined_actions_are_those_that_the_model_infers_from_what_it_drew(latent: str, state: str) -> None:
+    model = shaken(Flam(TOKENIZER, config(latent=latent, state=state, codebook=4))).eval()
+    frames = torch.randint(0, 256, (3, 2, 16, 16, 3)).to(torch.uint8)
+    slots = model.slots(model.encode(frames))[0]
+    known, drawn = model.infer_actions(slots), model.sample_next_actions(slots, torch.Generator().manual_seed(1))
+    _, plain = model.imagine(frames, 1, torch.Generator().manual_seed(1), "slots")
+    assert torch.allclose(plain, torch.cat([known, drawn[:, None]], dim=1), atol=1e-5)  # nothing is drawn there
+    for _ in range(2):
+        film = model.rollout(frames, torch.cat([known, drawn[:, None]], dim=1), "frames")
+        seen = torch.cat([frames, (film * 255).round().to(torch.uint8)], dim=1)
+        drawn = model.infer_actions(model.slots(model.encode(seen))[0])[:, -1]
+    _, settled = model.imagine(frames, 1, torch.Generator().manual_seed(1), "frames")
+    assert torch.allclose(settled, torch.cat([known, drawn[:, None]], dim=1), atol=1e-5)
+    assert latent == "vq" or not torch.allclose(settled, plain, atol=1e-3)  # codes may have been right already
+
+
 # --- variants ---
 
 
