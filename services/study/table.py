@@ -203,7 +203,9 @@ def _plot_agents(rows: list[dict[str, Any]], place: Path) -> None:
         for name, column, style in (("ceiling", "ceiling", ":"), ("copy the frame", None, "--")):
             key = column or ("copy@1" if "1 step" in title else "copy@10")
             if title.startswith("PSNR"):
-                known = sorted({row["agents"]: row[key]["mean"] for row in rows if row[key]}.items())
+                # A study on its way has rows of fewer seeds; of each world the row with most has the last word.
+                by_seeds = sorted(rows, key=lambda row: row["seeds"])
+                known = sorted({row["agents"]: row[key]["mean"] for row in by_seeds if row[key]}.items())
                 axis.plot(*zip(*known, strict=True), style, color="0.4", label=name)
         axis.set(title=title, xlabel="agents", xticks=sorted({row["agents"] for row in rows}))
         if title in _SHARES:
