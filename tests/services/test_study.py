@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
 
-from flam_core.errors import EnvironmentFault
-from services.study.tasks import RETRIES, as_they_finish, ray_for
 from tests.services.conftest import environment, run_job, said
 
 pytestmark = pytest.mark.timeout(600)
@@ -75,22 +69,3 @@ def test_a_model_that_a_study_has_not_is_refused_before_anything_starts(tmp_path
     assert done.returncode == 2, said(done)
     assert "flamm" in done.stderr
     assert not (tmp_path / "outputs").exists()
-
-
-def test_a_task_whose_process_is_lost_is_begun_anew_and_given_up_in_words(tmp_path: Path) -> None:
-    def lost(times: int, place: str) -> int:
-        with open(place, "a") as begun:
-            begun.write("x")
-        count = os.path.getsize(place)
-        if count <= times:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return count
-
-    task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(lost)
-    with ray_for(None, 1):
-        running = {task.remote(RETRIES, str(tmp_path / "once")): "cell"}
-        assert [(cell, count) for cell, count, _ in as_they_finish(running)] == [("cell", 1 + RETRIES)]
-        with pytest.raises(EnvironmentFault, match=f"lost {1 + RETRIES} times: .+") as told:
-            list(as_they_finish({task.remote(99, str(tmp_path / "always")): "cell"}))
-        assert "same command" in told.value.fix
-        assert (tmp_path / "always").stat().st_size == 1 + RETRIES
