@@ -162,9 +162,8 @@ def test_files_of_any_size_are_scenes(settings: GenerateSettings, tmp_path: Path
     arrays, _ = made(replace(nothing_stored, clip=str(tmp_path / "wide.mp4")))
     assert arrays["truth"].shape == (1 + STEPS, 48, 48, 3)
     free = replace(nothing_stored, mode="free", clip=str(tmp_path / "picture.png"), samples=3)
-    arrays, record = made(
-        replace(free, feedback="slots")
-    )  # where frames are fed, an untrained model settles all draws to one
+    # Where frames are fed back, an untrained model settles all draws to one.
+    arrays, record = made(replace(free, feedback="slots"))
     assert "truth" not in arrays
     assert len({film["frames_sha256"] for film in record["films"]}) == 3
     with pytest.raises(DataError, match="1 frames, and 1 given"):
